@@ -1,0 +1,160 @@
+"""One pass over prompts -> pooled activations per site and layer.
+
+For prompt x with tokens t = 1..T:
+    last:  a_l(x) = h_l(x, T)                        the last token, where the answer begins
+    mean:  a_l(x) = mean of h_l(x, t) over the user's own words (no BOS, no template)
+
+Prompts are batched by length; nothing is computed beyond the last layer asked for, no logits and no list of all hidden
+states are kept, and no padded token is ever pooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from safesteer.errors import SafeSteerError
+from safesteer.models.chat import EncodedPrompt
+from safesteer.models.layout import Site, hidden_of
+from safesteer.models.loading import LoadedModel
+
+Position = Literal["last", "mean"]
+POSITIONS: tuple[Position, ...] = get_args(Position)
+BATCH_TOKENS = 2048  # padded tokens in a batch: large enough to fill a CPU or GPU, small enough for memory
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Pooled activations of some prompts.
+
+    `values[site, position]`: fp32 `[layers, prompts, width]`, in the order of `layers` and of the prompts given.
+    `residual_norms`: fp32 `[layers]`, mean L2 norm of the residual stream over the prompts' own tokens.
+    """
+
+    layers: tuple[int, ...]
+    values: dict[tuple[Site, Position], torch.Tensor]
+    residual_norms: torch.Tensor
+
+    def at(self, site: Site, position: Position, layer: int) -> torch.Tensor:
+        """fp32 `[prompts, width]` at a layer (0-based)."""
+        return self.values[site, position][self.layers.index(layer)]
+
+
+class _Stop(Exception):  # noqa: N818 - not an error: ends a forward pass once the last layer needed has been read
+    pass
+
+
+def batches_by_length(prompts: Sequence[EncodedPrompt], batch_tokens: int = BATCH_TOKENS) -> list[list[int]]:
+    """Indices of `prompts`, grouped so that a batch holds prompts of like length and at most `batch_tokens` tokens."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    batches: list[list[int]] = []
+    for index in order:
+        # Longest first, so the first prompt of a batch sets its padded width.
+        if batches and (len(batches[-1]) + 1) * len(prompts[batches[-1][0]]) <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def pad(prompts: Sequence[EncodedPrompt], pad_id: int, side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both int64 `[prompts, tokens]`, padded on `side`."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        start = width - len(prompt) if side == "left" else 0
+        ids[row, start : start + len(prompt)] = torch.tensor(prompt.ids)
+        mask[row, start : start + len(prompt)] = 1
+    return ids, mask
+
+
+@torch.inference_mode()
+def run_until(
+    loaded: LoadedModel, layer: int, taps: Iterable[tuple[torch.nn.Module, Callable[[torch.Tensor], None]]], **inputs: Any
+) -> None:
+    """A forward pass that hands the output of each tapped module to its callback and ends after block `layer`."""
+    decoder = loaded.layout.decoder
+    handles = []
+
+    def reader(callback: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+        return lambda _module, _arguments, output: callback(hidden_of(output))
+
+    def stop(_module: Any, _arguments: Any, _output: Any) -> None:
+        raise _Stop
+
+    try:
+        for module, callback in taps:
+            handles.append(module.register_forward_hook(reader(callback)))
+        handles.append(loaded.layout.blocks[layer].register_forward_hook(stop))
+        decoder(**inputs, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect(
+    loaded: LoadedModel,
+    prompts: Sequence[EncodedPrompt],
+    layers: Sequence[int],
+    sites: Sequence[Site] = ("residual",),
+    positions: Sequence[Position] = ("last",),
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Activations:
+    """Pooled activations of `prompts` at `layers` (0-based), `sites` and `positions`, in one pass.
+
+    `progress` is called with the number of prompts just finished. Raises `SafeSteerError` for no prompts or for a layer
+    that the model does not have, `UnsupportedModelError` for a site that was not found.
+    """
+    if not prompts:
+        raise SafeSteerError("there are no prompts to read activations from")
+    chosen = tuple(sorted(set(layers)))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= loaded.layout.depth:
+        raise SafeSteerError(f"layers {list(layers)} are not within 0 to {loaded.layout.depth - 1}")
+    width = loaded.layout.width
+    values = {(site, position): torch.zeros(len(chosen), len(prompts), width) for site in sites for position in positions}
+    norm_sums = torch.zeros(len(chosen), dtype=torch.float64)
+    token_count = sum(prompt.content_end - prompt.content_start for prompt in prompts)
+    pad_id = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
+
+    for batch in batches_by_length(prompts, batch_tokens):
+        rows = [prompts[index] for index in batch]
+        ids, mask = pad(rows, pad_id, "right")
+        time = torch.arange(ids.shape[1])
+        content = (time >= torch.tensor([[row.content_start] for row in rows])) & (
+            time < torch.tensor([[row.content_end] for row in rows])
+        )
+        last = torch.tensor([len(row) - 1 for row in rows])
+
+        def tap(
+            site: Site, slot: int, batch: list[int] = batch, content: torch.Tensor = content, last: torch.Tensor = last
+        ) -> Callable[[torch.Tensor], None]:
+            def read(hidden: torch.Tensor) -> None:
+                weights = content.to(hidden.device, torch.float32)
+                for position in positions if site in sites else ():
+                    if position == "last":
+                        pooled = hidden[torch.arange(len(batch), device=hidden.device), last.to(hidden.device)].float()
+                    else:
+                        pooled = torch.einsum("btd,bt->bd", hidden.float(), weights) / weights.sum(1, keepdim=True)
+                    values[site, position][slot, batch] = pooled.cpu()
+                if site == "residual":
+                    norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+                    norm_sums[slot] += float((norms * weights).sum())
+
+            return read
+
+        taps = [
+            (loaded.layout.module(site, layer), tap(site, slot))
+            for slot, layer in enumerate(chosen)
+            for site in dict.fromkeys(("residual", *sites))
+        ]
+        run_until(loaded, chosen[-1], taps, input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device))
+        progress(len(batch))
+    return Activations(chosen, values, (norm_sums / token_count).float())

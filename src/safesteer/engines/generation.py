@@ -1,0 +1,116 @@
+"""Text in, text out: batches of requests, each with its own policy, through one steered model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from safesteer.activations import pad
+from safesteer.engines.transformers import Steerer
+from safesteer.models import Conversation, LoadedModel, encode
+from safesteer.policy import Policy
+from safesteer.vectors import VectorBank
+
+AUTO_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (text, or a list of chat messages) and its policy (None: the bank's default)."""
+
+    prompt: Conversation
+    policy: Policy | None = None
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to sample. Temperature 0 is greedy; `seed` fixes sampling; `batch_size` None chooses one."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the model said, and what acted: `steering` is `Plan.to_json`."""
+
+    text: str
+    steering: dict[str, Any]
+    tokens: int
+    seconds: float
+
+
+def generate(
+    loaded: LoadedModel,
+    bank: VectorBank | None,
+    requests: Sequence[Request],
+    settings: GenerationSettings | None = None,
+    *,
+    force: bool = False,
+    streamer: Any = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[Response]:
+    """Responses to `requests`, in their order. Without a bank the model is left alone.
+
+    Requests of like length share a batch; rows of one batch may carry different policies. `progress` is called with the
+    number of requests just finished; `seconds` of a response is its batch's time divided by its rows.
+    """
+    chosen = settings or GenerationSettings()
+    encoded = [encode(loaded.tokenizer, request.prompt, request.system) for request in requests]
+    order = sorted(range(len(requests)), key=lambda index: len(encoded[index]))
+    size = chosen.batch_size or AUTO_BATCH
+    pad_id = loaded.tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = loaded.tokenizer.eos_token_id or 0
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if chosen.temperature > 0:
+        sampling = {"do_sample": True, "temperature": chosen.temperature}
+        torch.manual_seed(chosen.seed)
+    default = Policy.default(bank) if bank is not None else Policy.off()
+    steerer = Steerer(loaded, bank, default, force=force) if bank is not None else None
+    responses: list[Response | None] = [None] * len(requests)
+    stops = _stop_ids(loaded)
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        ids, mask = pad([encoded[index] for index in batch], pad_id, "left")
+        began = time.perf_counter()
+        arguments: dict[str, Any] = {
+            "input_ids": ids.to(loaded.device),
+            "attention_mask": mask.to(loaded.device),
+            "max_new_tokens": chosen.max_new_tokens,
+            "pad_token_id": pad_id,
+            "streamer": streamer,
+            **sampling,
+        }
+        with torch.inference_mode():
+            if steerer is None:
+                output = loaded.model.generate(**arguments)
+                records = [{"policy": "off", "acting": []}] * len(batch)
+            else:
+                steerer.assign([requests[index].policy or default for index in batch])
+                with steerer:
+                    output = loaded.model.generate(**arguments)
+                records = [one.to_json() for one in steerer.plans]
+        seconds = (time.perf_counter() - began) / len(batch)
+        for row, index in enumerate(batch):
+            new = output[row, ids.shape[1] :].tolist()
+            end = next((position for position, token in enumerate(new) if token in stops), len(new))
+            text = loaded.tokenizer.decode(new[:end], skip_special_tokens=True).strip()
+            responses[index] = Response(text, records[row], end, seconds)
+        progress(len(batch))
+    return [response for response in responses if response is not None]
+
+
+def _stop_ids(loaded: LoadedModel) -> set[int]:
+    """Token ids that end a response, from the generation config and the tokenizer."""
+    stops: set[int] = set()
+    for value in (loaded.model.generation_config.eos_token_id, loaded.tokenizer.eos_token_id):
+        stops.update(value if isinstance(value, list) else [value] if value is not None else [])
+    return stops

@@ -1,0 +1,155 @@
+"""How a token is steered, on any transformers model. This is the reference that other engines must equal.
+
+For row b of a batch, token t and block l, at the site of the bank (by default the residual stream after the block):
+
+    h[b, t, l]  <-  h[b, t, l] + delta[b, kind(b, t), l]
+
+`delta` is the row's own sum of category steps (see `safesteer.policy`), zero for rows and layers that are not steered.
+`kind` tells where token t stands in absolute positions of the request, with and without a KV cache:
+0 padding, 1 prompt, 2 last prompt token, 3 generated.
+
+Everything is held by the `Hooks` object and taken off again by `remove`: no class attributes, no patched classes.
+If the hooks of a steered forward pass did not all run, the pass fails: an answer is never silently unsteered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from safesteer.errors import SteeringError
+from safesteer.models.layout import ModelLayout, Site, hidden_of, with_hidden
+
+PADDING, PROMPT, LAST, GENERATED = range(4)
+KINDS = 4
+
+
+def token_kinds(mask: torch.Tensor | None, first: int, count: int, prompt_width: int, rows: int) -> torch.Tensor:
+    """Kind of each token of a forward pass: int64 `[rows, count]`.
+
+    `mask` is the 2-D attention mask `[rows, >= first + count]` (None: no padding), `first` the absolute position of
+    the pass's first token, `prompt_width` the padded width of the prompts.
+    """
+    position = torch.arange(first, first + count, device=mask.device if mask is not None else None)
+    is_prompt = (position < prompt_width).expand(rows, count)
+    if mask is None:
+        last = torch.full((rows, 1), prompt_width - 1, device=position.device)
+        real = torch.ones_like(is_prompt)
+    else:
+        known = mask[:, :prompt_width].bool()
+        absolute = torch.arange(known.shape[1], device=mask.device)
+        last = torch.where(known, absolute, -1).max(dim=1, keepdim=True).values
+        real = mask[:, first : first + count].bool()
+    kinds = torch.where(is_prompt, torch.where(position == last, LAST, PROMPT), GENERATED)
+    return torch.where(real, kinds, PADDING)
+
+
+class Hooks:
+    """Forward hooks on the blocks of one model; see the formula above.
+
+    `set_deltas` gives what acts from now on; `begin_request` says how wide the next request's prompts are.
+    """
+
+    def __init__(self, layout: ModelLayout, site: Site) -> None:
+        self.layout = layout
+        self.site: Site = site
+        self._deltas: dict[int, torch.Tensor] = {}
+        self._kinds: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
+        self._prompt_width: int | None = None
+        self._fixed_width = False
+        self._reached: dict[int, bool] = {}
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        """Put the hooks on; `remove` takes them off."""
+        decoder = self.layout.decoder
+        self._handles.append(decoder.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(decoder.register_forward_hook(self._after))
+        for layer in range(self.layout.depth):
+            module = self.layout.module(self.site, layer)
+            self._handles.append(module.register_forward_hook(self._block_hook(layer)))
+
+    def remove(self) -> None:
+        """Take every hook off and forget the deltas."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._deltas = {}
+
+    def set_deltas(self, deltas: Mapping[int, torch.Tensor]) -> None:
+        """What to add from now on: layer (0-based) -> `[rows, 4, width]`, one slice per kind. Empty: nothing."""
+        moved: dict[int, torch.Tensor] = {}
+        for layer, delta in deltas.items():
+            if delta.shape[1:] != (KINDS, self.layout.width):
+                raise SteeringError(f"a delta has the shape {tuple(delta.shape)}, not [rows, 4, {self.layout.width}]")
+            parameter = next(iter(self.layout.module(self.site, layer).parameters()), None)
+            moved[layer] = delta if parameter is None or parameter.is_meta else delta.to(parameter.device)
+        self._deltas = moved
+
+    @property
+    def steers(self) -> bool:
+        """Whether anything would be added now."""
+        return bool(self._deltas)
+
+    def begin_request(self, prompt_width: int | None) -> None:
+        """The padded width of the prompts of the next forward passes; None: the first pass of each tells."""
+        self._prompt_width = prompt_width
+        self._fixed_width = prompt_width is not None
+
+    def _before(self, _module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Before each pass of the decoder: work out the kind of every token."""
+        self._kinds = None
+        if not self._deltas:
+            return
+        inputs = keywords.get("input_ids")
+        if inputs is None:
+            inputs = keywords.get("inputs_embeds")
+        if inputs is None and arguments:
+            inputs = arguments[0]
+        if not isinstance(inputs, torch.Tensor):
+            raise SteeringError("the decoder was called without input_ids and inputs_embeds; steering cannot follow")
+        batch, count = inputs.shape[0], inputs.shape[1]
+        rows = next(iter(self._deltas.values())).shape[0]
+        if batch % rows:
+            raise SteeringError(f"the batch has {batch} rows but {rows} policies were given; give one policy a row")
+        cache = keywords.get("past_key_values")
+        first = int(cache.get_seq_length()) if cache is not None else 0
+        if not self._fixed_width and first == 0:
+            self._prompt_width = count
+        if self._prompt_width is None:
+            raise SteeringError("the KV cache was filled before steering began; enter the context before the prefill")
+        mask = keywords.get("attention_mask")
+        if not (isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= first + count):
+            mask = None
+        self._kinds = token_kinds(mask, first, count, self._prompt_width, batch).to(inputs.device)
+        # Beams and several returned sequences repeat each row in place, so row i belongs to request i // repeats.
+        self._rows = torch.arange(batch, device=inputs.device) // (batch // rows)
+        self._reached = dict.fromkeys(self._deltas, False)
+
+    def _block_hook(self, layer: int) -> Any:
+        def hook(_module: Any, _arguments: Any, output: Any) -> Any:
+            delta = self._deltas.get(layer)
+            kinds, rows = self._kinds, self._rows
+            if delta is None or kinds is None or rows is None:
+                return None
+            hidden = hidden_of(output)
+            added = delta[rows.to(hidden.device).unsqueeze(1), kinds.to(hidden.device)]
+            self._reached[layer] = True
+            return with_hidden(output, hidden + added.to(hidden.dtype))
+
+        return hook
+
+    def _after(self, _module: Any, _arguments: Any, _output: Any) -> None:
+        """After each pass: every layer that should have been steered was, or the pass fails."""
+        if self._kinds is None:
+            return
+        self._kinds = None
+        missed = [layer for layer, reached in self._reached.items() if not reached]
+        if missed:
+            raise SteeringError(
+                f"steering did not reach the layers {missed}; if the model is compiled, enter the context before its "
+                "first compiled call"
+            )

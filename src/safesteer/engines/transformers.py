@@ -1,0 +1,179 @@
+"""Steering `model.generate` and `model(...)` of a plain transformers model, inside a `with` block.
+
+    with Steerer(loaded, bank):                  the bank's default policy, for every row
+    with Steerer(loaded, bank, policy):          one policy for every row
+    with Steerer(loaded, bank, [p0, p1, ...]):   row i of each batch by p_i
+
+Gated policies read the prompt first: one pass up to the gate's last layer, before the request. Rows whose gates stay closed
+get exactly what the unsteered model computes; rows whose gates open are steered from their first token on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from safesteer.activations import run_until
+from safesteer.engines.steering import KINDS, Hooks
+from safesteer.errors import SteeringError
+from safesteer.models import LoadedModel
+from safesteer.policy import Plan, Policy, plan
+from safesteer.vectors import Reading, VectorBank
+
+_MARK = "_safesteer_steerer"  # set on a model's instance while it is steered
+
+
+class Steerer:
+    """A policy (or one a row) bound to a model. A context manager; leaving it restores the model exactly.
+
+    Raises `FingerprintMismatchError` for a bank of another model (unless `force`), and the errors of `Policy.resolved`.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        bank: VectorBank,
+        policy: Policy | Sequence[Policy] | None = None,
+        *,
+        force: bool = False,
+    ) -> None:
+        bank.check(loaded, force)
+        self.loaded = loaded
+        self.bank = bank
+        self.plans: tuple[Plan, ...] = ()
+        """What acted on each row of the latest request."""
+        self._policies: tuple[Policy, ...] = ()
+        self._hooks = Hooks(loaded.layout, bank.site)
+        self._active = False
+        self._inside_generate = False
+        self._reading = False
+        self._handle: Any = None
+        self.assign(policy)
+
+    def assign(self, policy: Policy | Sequence[Policy] | None) -> None:
+        """Give the policy of the next requests: one for all rows, or one a row. None: the bank's default."""
+        if policy is None:
+            policy = Policy.default(self.bank)
+        policies = (policy,) if isinstance(policy, Policy) else tuple(policy)
+        if not policies:
+            raise SteeringError("the list of policies is empty; give one a row")
+        self._policies = tuple(one.resolved(self.bank) for one in policies)
+
+    # -- the gate ------------------------------------------------------------------------------------------------------
+
+    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> list[Reading]:
+        """Read the risk of each prompt of a batch `[rows, tokens]`, padded on either side."""
+        gate = self.bank.gate
+        if gate is None:
+            raise SteeringError("the bank has no gate")
+        rows, count = input_ids.shape
+        if attention_mask is None:
+            last = torch.full((rows,), count - 1)
+        else:
+            position = torch.arange(count, device=attention_mask.device)
+            last = torch.where(attention_mask.bool(), position, -1).max(dim=1).values.cpu()
+        collected: dict[int, torch.Tensor] = {}
+
+        def tap(layer: int) -> Any:
+            def keep(hidden: torch.Tensor) -> None:
+                collected[layer] = hidden[torch.arange(rows), last.to(hidden.device)].float().cpu()
+
+            return keep
+
+        taps = [(self.loaded.layout.blocks[layer], tap(layer)) for layer in gate.layers]
+        extra: dict[str, Any] = {"attention_mask": attention_mask} if attention_mask is not None else {}
+        self._reading = True
+        try:
+            run_until(self.loaded, max(gate.layers), taps, input_ids=input_ids, **extra)
+        finally:
+            self._reading = False
+        return gate.read(torch.stack([collected[layer] for layer in gate.layers], dim=1))
+
+    def _prepare(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+        """Read the prompts where a policy asks for it, decide, and hand the deltas to the hooks."""
+        rows = None if input_ids is None else input_ids.shape[0]
+        policies = self._policies
+        if len(policies) == 1 and rows is not None:
+            policies = policies * rows
+        elif rows is not None and len(policies) != rows:
+            raise SteeringError(f"the batch has {rows} rows but {len(policies)} policies were given; give one policy a row")
+        readings: list[Reading | None] = [None] * len(policies)
+        gated = [index for index, policy in enumerate(policies) if policy.gated]
+        if gated:
+            if input_ids is None:
+                raise SteeringError("a gated policy needs input_ids to read; use gate: always with inputs_embeds")
+            self._hooks.set_deltas({})
+            chosen = torch.tensor(gated, device=input_ids.device)
+            mask = None if attention_mask is None else attention_mask[chosen]
+            for index, reading in zip(gated, self.read(input_ids[chosen], mask), strict=True):
+                readings[index] = reading
+        self.plans = tuple(plan(policy, self.bank, reading) for policy, reading in zip(policies, readings, strict=True))
+        layers = sorted({layer for one in self.plans for layer in one.deltas})
+        nothing = torch.zeros(KINDS, self.loaded.layout.width)
+        self._hooks.set_deltas(
+            {layer: torch.stack([one.deltas.get(layer, nothing) for one in self.plans]) for layer in layers}
+        )
+
+    # -- the context ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Steerer:
+        model = self.loaded.model
+        if getattr(model, _MARK, None) is not None:
+            raise SteeringError("this model is being steered already; leave that context first, or use one policy a row")
+        original = model.generate
+
+        def generate(inputs: Any = None, *arguments: Any, **keywords: Any) -> Any:
+            input_ids = keywords.get("input_ids", inputs)
+            embeds = keywords.get("inputs_embeds")
+            width = input_ids.shape[1] if input_ids is not None else None
+            if embeds is not None:
+                width = embeds.shape[1]
+            self._prepare(input_ids, keywords.get("attention_mask"))
+            self._hooks.begin_request(width)
+            self._inside_generate = True
+            try:
+                return original(inputs, *arguments, **keywords)
+            finally:
+                self._inside_generate = False
+                self._hooks.begin_request(None)
+
+        try:
+            self._handle = self.loaded.layout.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._hooks.install()
+            object.__setattr__(model, "generate", generate)
+            object.__setattr__(model, _MARK, self)
+        except BaseException:
+            self._restore()
+            raise
+        self._active = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        self._hooks.remove()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        for name in ("generate", _MARK):
+            self.loaded.model.__dict__.pop(name, None)
+        self._active = False
+
+    def _before_forward(self, _module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """A forward pass outside `generate` with an empty cache is a new request: read and decide."""
+        if self._inside_generate or self._reading:
+            return
+        cache = keywords.get("past_key_values")
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            return
+        input_ids = keywords.get("input_ids", arguments[0] if arguments else None)
+        mask = keywords.get("attention_mask")
+        plain_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        rows_known = input_ids if isinstance(input_ids, torch.Tensor) else None
+        self._prepare(rows_known, plain_mask)

@@ -1,0 +1,39 @@
+"""The errors a user can mend.
+
+Every `SafeSteerError` carries one sentence that says what is wrong and what to do. The command line prints that
+sentence and exits with a non-zero status; a library user catches the class.
+"""
+
+from __future__ import annotations
+
+
+class SafeSteerError(Exception):
+    """Base class: bad input, an unsupported model, a refused bank."""
+
+
+class PromptFileError(SafeSteerError):
+    """A prompt file is missing, malformed or empty; names the file and, where there is one, the line."""
+
+
+class UnknownCategoryError(SafeSteerError):
+    """A category name that the taxonomy, the prompt set or the bank does not hold."""
+
+
+class UnsupportedModelError(SafeSteerError):
+    """The decoder blocks or a site of a model were not found; names what was not found."""
+
+
+class BankError(SafeSteerError):
+    """A bank file is missing, truncated, edited, or of an unknown format."""
+
+
+class FingerprintMismatchError(BankError):
+    """A bank was made for another model; says what differs."""
+
+
+class PolicyError(SafeSteerError):
+    """A policy is malformed, or asks for more than the ceiling allows."""
+
+
+class SteeringError(SafeSteerError):
+    """Steering cannot be guaranteed for this call, so the call fails instead of answering unsteered."""

@@ -1,0 +1,51 @@
+"""Writing files so that a reader never sees half of one.
+
+`write_atomically` writes to a temporary file in the same folder, then renames it over the target: a crash or Ctrl-C
+leaves the old file (or none) and no rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safesteer.errors import SafeSteerError
+
+
+def check_writable(path: Path) -> None:
+    """Raise `SafeSteerError` now, rather than after minutes of work, if `path` cannot be written."""
+    if path.is_dir():
+        raise SafeSteerError(f"{path} is a folder; give the name of a file to write")
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
+    except OSError as error:
+        raise SafeSteerError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+    os.close(descriptor)
+    os.unlink(temporary)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary path)`, then move the result to `path`; on any exception nothing is left behind."""
+    check_writable(path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SafeSteerError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)

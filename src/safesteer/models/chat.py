@@ -1,0 +1,86 @@
+"""From a prompt to token ids, and back to which of them are the user's own words.
+
+    rendered = template prefix + content + template suffix (with the generation prompt)
+
+The content span leaves out BOS and template tokens, whose activations are large and say nothing of the prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safesteer.errors import SafeSteerError
+
+Message = dict[str, str]
+Conversation = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Token ids of a rendered prompt; tokens `content_start` to `content_end` (exclusive) are the user's last words."""
+
+    ids: tuple[int, ...]
+    content_start: int
+    content_end: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def messages_of(conversation: Conversation, system: str | None = None) -> list[Message]:
+    """A list of chat messages; a plain string is one user message."""
+    messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+    if not messages or messages[-1].get("role") != "user":
+        raise SafeSteerError("a conversation must end with a message of the user")
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def render(tokenizer: Any, conversation: Conversation, system: str | None = None) -> str:
+    """The prompt as the model sees it; without a chat template, the plain text of the last message."""
+    messages = messages_of(conversation, system)
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n\n".join(message["content"] for message in messages)
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # templates raise their own errors, in words of their own
+        if not system:
+            raise SafeSteerError(f"the chat template refuses this conversation: {error}") from error
+    # Some templates (Gemma's) know no system role: put those words before the user's.
+    first, *rest = messages[1:]
+    return render(tokenizer, [{**first, "content": f"{system}\n\n{first['content']}"}, *rest])
+
+
+def encode(tokenizer: Any, conversation: Conversation, system: str | None = None) -> EncodedPrompt:
+    """Token ids and content span of one prompt. The template brings its own BOS, so none is added twice."""
+    text = render(tokenizer, conversation, system)
+    content = messages_of(conversation)[-1]["content"].strip()
+    start = text.rfind(content)
+    if start < 0:  # a template that rewrites the content: count all of it
+        start, content = 0, text
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
+        ids = tuple(encoded["input_ids"])
+        inside = [
+            index
+            for index, (left, right) in enumerate(encoded["offset_mapping"])
+            if right > start and left < start + len(content) and right > left
+        ]
+        span = (inside[0], inside[-1] + 1) if inside else (0, len(ids))
+    else:
+        ids = tuple(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+        before = len(tokenizer(text[:start], add_special_tokens=not templated)["input_ids"])
+        after = len(tokenizer(text[start + len(content) :], add_special_tokens=False)["input_ids"])
+        span = (min(before, len(ids) - 1), max(len(ids) - after, before + 1))
+    if not ids:
+        raise SafeSteerError("the prompt has no tokens")
+    return EncodedPrompt(ids, *span)
+
+
+def template_digest(tokenizer: Any) -> str:
+    """SHA-256 (hex, 16 characters) of the chat template, or of the empty string."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return hashlib.sha256(str(template).encode()).hexdigest()[:16]

@@ -1,0 +1,128 @@
+"""Where a decoder-only model can be read and written.
+
+A layout names, for each block `l` of a model, the module whose output is read and changed at each site:
+
+    residual[l]   the block: its output is the residual stream after it
+    attention[l]  the attention module: its output before it joins the residual stream (SafeSteer, section 3)
+    mlp[l]        the feed-forward module: likewise
+
+Nothing is assumed about names beyond "attn", "attention", "mlp", ...: blocks are found as the module list as long as
+the configuration says the model is deep; `safesteer.models.selftest` proves by numbers what was found.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from safesteer.errors import UnsupportedModelError
+
+Site = Literal["residual", "attention", "mlp"]
+SITES: tuple[Site, ...] = get_args(Site)
+
+_ATTENTION = re.compile(r"attn|attention|mixer", re.IGNORECASE)
+_MLP = re.compile(r"mlp|ffn|feed_?forward|moe|experts|^fc2$", re.IGNORECASE)
+_NOT_A_SITE = re.compile(r"norm|dropout", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """The decoder, its blocks in order, and the module of each site (empty tuple: the site was not found).
+
+    `decoder` is the innermost module that holds the blocks and receives `attention_mask` and `past_key_values`.
+    """
+
+    decoder: nn.Module
+    blocks: tuple[nn.Module, ...]
+    attention: tuple[nn.Module, ...]
+    mlp: tuple[nn.Module, ...]
+    width: int
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that were found."""
+        return tuple(site for site in SITES if self.modules(site))
+
+    def modules(self, site: Site) -> tuple[nn.Module, ...]:
+        """The module to hook in every block, for a site."""
+        return {"residual": self.blocks, "attention": self.attention, "mlp": self.mlp}[site]
+
+    def module(self, site: Site, layer: int) -> nn.Module:
+        """The module to hook at `layer` (0-based). Raises `UnsupportedModelError` if the site was not found."""
+        modules = self.modules(site)
+        if not modules:
+            kind = type(self.blocks[0]).__name__
+            raise UnsupportedModelError(f"no {site} module was found in {kind}; use --site {' or '.join(self.sites)}")
+        return modules[layer]
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states `[batch, tokens, width]` in a module's output, which is a tensor or a tuple that leads with one."""
+    hidden = output if isinstance(output, torch.Tensor) else output[0]
+    if not isinstance(hidden, torch.Tensor):
+        raise UnsupportedModelError(f"a module returned {type(hidden).__name__} where hidden states were expected")
+    return hidden
+
+
+def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """`output` with its hidden states replaced, in the same container."""
+    if isinstance(output, torch.Tensor):
+        return hidden
+    return type(output)([hidden, *output[1:]]) if isinstance(output, list) else (hidden, *output[1:])
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the text decoder (of a multimodal model, its text part)."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def find_layout(model: Any) -> ModelLayout:
+    """Find blocks and sites of a causal language model.
+
+    Raises `UnsupportedModelError` with one sentence that names what was not found.
+    """
+    kind = type(model).__name__
+    config = text_config(model)
+    depth = getattr(config, "num_hidden_layers", None)
+    width = getattr(config, "hidden_size", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder model; SafeSteer steers decoder-only models")
+    if not isinstance(depth, int) or not isinstance(width, int):
+        raise UnsupportedModelError(f"the configuration of {kind} names no num_hidden_layers and hidden_size")
+    root: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for start in (root, model):
+        for parent in start.modules():
+            for child in parent.children():
+                if isinstance(child, nn.ModuleList) and len(child) == depth and _looks_like_blocks(child):
+                    blocks = tuple(child)
+                    return ModelLayout(parent, blocks, _site(blocks, _ATTENTION), _site(blocks, _MLP), width)
+    raise UnsupportedModelError(f"no list of {depth} decoder blocks was found in {kind}")
+
+
+def _looks_like_blocks(candidates: nn.ModuleList) -> bool:
+    """Blocks hold submodules with an attention among them; a list of norms or embeddings does not."""
+    return all(any(_ATTENTION.search(f"{n} {type(m).__name__}") for n, m in block.named_children()) for block in candidates)
+
+
+def _site(blocks: tuple[nn.Module, ...], pattern: re.Pattern[str]) -> tuple[nn.Module, ...]:
+    found: list[nn.Module] = []
+    for block in blocks:
+        matches = [
+            module
+            for name, module in block.named_children()
+            if pattern.search(name) and not _NOT_A_SITE.search(f"{name} {type(module).__name__}")
+        ]
+        if len(matches) != 1:
+            return ()
+        found.append(matches[0])
+    return tuple(found)

@@ -1,0 +1,135 @@
+"""Loading a chat model: `embedded`, a local folder, or a hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from safesteer.errors import SafeSteerError
+from safesteer.models.embedded import embedded_source
+from safesteer.models.layout import ModelLayout, find_layout
+
+EMBEDDED = "embedded"
+Quantization = Literal["4bit", "8bit"]
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model, its tokenizer, where its blocks are, and what it was called when loaded."""
+
+    model: Any
+    tokenizer: Any
+    layout: ModelLayout
+    name: str
+    revision: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the input embeddings, where token ids go."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any, name: str | None = None, revision: str | None = None) -> LoadedModel:
+        """Wrap a model and a tokenizer that you loaded yourself."""
+        label = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        return cls(model.eval(), tokenizer, find_layout(model), label, revision)
+
+
+def default_device() -> str:
+    """`cuda`, `mps` or `cpu`, the first that is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bars and notes transformers prints while loading; errors still come through."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_model(
+    name: str = EMBEDDED,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> LoadedModel:
+    """Load `name` for steering.
+
+    `dtype`: `float32`, `bfloat16`, `float16`, or None for float32 on a CPU and the checkpoint's own type elsewhere.
+    `device` and `device_map` exclude each other; `quantization` (`4bit`, `8bit`) needs bitsandbytes.
+    Raises `SafeSteerError` if the model cannot be loaded, `UnsupportedModelError` if its blocks are not found.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype is not None and dtype not in DTYPES:
+        raise SafeSteerError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
+    if device is not None and device_map is not None:
+        raise SafeSteerError("give either a device or a device map, not both")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if name != EMBEDDED and looks_local and not Path(name).expanduser().is_dir():
+        raise SafeSteerError(f"{name}: no such model folder; name a folder that holds config.json, or a hub id")
+    where = device or default_device()
+    arguments: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if quantization is not None:
+        arguments["quantization_config"] = _quantization_config(quantization)
+        arguments["device_map"] = device_map or where
+    elif device_map is not None:
+        arguments["device_map"] = device_map
+    chosen = DTYPES[dtype] if dtype else (torch.float32 if where == "cpu" and device_map is None else "auto")
+    with quiet_transformers():
+        source = embedded_source(progress) if name == EMBEDDED else str(Path(name).expanduser() if looks_local else name)
+        progress(f"Loading {name}")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, **arguments)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            reason = reason if len(reason) <= 300 else reason[:297] + "..."
+            raise SafeSteerError(f"the model {name!r} could not be loaded: {reason}") from error
+        if "device_map" not in arguments:
+            try:
+                model = model.to(where)
+            except (RuntimeError, AssertionError) as error:
+                raise SafeSteerError(f"the model does not go onto the device {where!r}: {error}") from error
+    return LoadedModel.wrap(model, tokenizer, name, revision)
+
+
+def _quantization_config(quantization: Quantization) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SafeSteerError(f"{quantization} loading needs bitsandbytes; install safesteer[quantization]")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit")

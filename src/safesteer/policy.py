@@ -1,0 +1,264 @@
+"""A policy: which categories act, how strongly, when, and on which tokens.
+
+For one request with reading (o, C) of the bank's gate (opening o, categories read C):
+
+    strength_c = s_c            if the category's gate is `always`
+               = s_c * o        if it is `auto` and c is in C, else 0
+
+    delta[kind, l] = cap( sum over c of strength_c * step[c, l]  where c steers tokens of that kind )
+
+`cap` shortens the sum to its longest member: several categories share one dose, they do not pile up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from safesteer.errors import PolicyError
+from safesteer.vectors import Reading, VectorBank
+
+GateMode = Literal["auto", "always"]
+Tokens = Literal["all", "prompt", "generated", "continuation"]
+TOKENS: tuple[Tokens, ...] = get_args(Tokens)
+
+# kinds of token, as in safesteer.engines.steering: 1 prompt, 2 last prompt token, 3 generated
+KINDS_OF: dict[Tokens, tuple[int, ...]] = {
+    "all": (1, 2, 3),
+    "prompt": (1, 2),
+    "generated": (3,),
+    "continuation": (2, 3),
+}
+
+
+class CategoryPolicy(BaseModel):
+    """How one category acts.
+
+    `strength`: 1 is the bank's calibrated dose. `gate`: `auto` acts only where the risk is read, `always` on every
+    request. `layers`: 0-based, None for the bank's own. `tokens`: `all`, `prompt`, `generated`, or `continuation` (the last
+    prompt token and what follows).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    strength: float = Field(default=1.0, allow_inf_nan=False)
+    gate: GateMode = "auto"
+    layers: tuple[int, ...] | None = None
+    tokens: Tokens = "all"
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return parse_layers(str(value))
+        return value
+
+
+class Policy(BaseModel):
+    """What acts on a request. `categories` maps any name of a category to how it acts; none: the request is left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "policy"
+    categories: dict[str, CategoryPolicy] = Field(default_factory=dict)
+    research: bool = False
+
+    @field_validator("categories", mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        """`hate: 0.5` stands for `hate: {strength: 0.5}`; a list of names for strength 1."""
+        if isinstance(value, list):
+            value = dict.fromkeys(value, 1.0)
+        if isinstance(value, dict):
+            numbers = (int, float)
+            return {
+                name: {"strength": v} if isinstance(v, numbers) and not isinstance(v, bool) else (v or {})
+                for name, v in value.items()
+            }
+        return value
+
+    @classmethod
+    def off(cls) -> Policy:
+        """The policy that leaves every request alone."""
+        return cls(name="off")
+
+    @classmethod
+    def default(cls, bank: VectorBank) -> Policy:
+        """The bank's own: every category at strength 1, gated where the bank has a gate."""
+        gate: GateMode = "auto" if bank.gate is not None else "always"
+        return cls(name="default", categories={name: CategoryPolicy(gate=gate) for name in bank.categories})
+
+    @classmethod
+    def of(
+        cls,
+        strengths: Mapping[str, float],
+        *,
+        gate: GateMode = "always",
+        layers: tuple[int, ...] | None = None,
+        tokens: Tokens = "all",
+        research: bool = False,
+        name: str = "custom",
+    ) -> Policy:
+        """A policy from strengths by category. `research` allows negative strength, from Python only."""
+        categories = {
+            category: CategoryPolicy(strength=strength, gate=gate, layers=layers, tokens=tokens)
+            for category, strength in strengths.items()
+        }
+        return cls(name=name, categories=categories, research=research)
+
+    @classmethod
+    def parse(cls, data: Any, where: str = "policy") -> Policy:
+        """A policy from plain data (a mapping, or the strings `default`-less forms of YAML). Raises `PolicyError`.
+
+        Plain data cannot ask for research: negative strength is for Python only.
+        """
+        if not isinstance(data, dict):
+            raise PolicyError(f"{where}: expected a mapping such as {{categories: {{hate: 1.0}}}}")
+        if "research" in data:
+            raise PolicyError(f"{where}: research can be switched on only from Python")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise PolicyError(f"{where}: {place}: {first['msg']}") from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Policy:
+        """Read a policy file. Raises `PolicyError` naming the file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            data = yaml.safe_load(text)
+        except OSError as error:
+            raise PolicyError(f"{path} cannot be read ({error.strerror})") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise PolicyError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
+        return cls.parse(data, str(path))
+
+    def resolved(self, bank: VectorBank) -> Policy:
+        """The same policy with the bank's canonical names, checked against the bank.
+
+        Raises `UnknownCategoryError`; `PolicyError` for a strength below 0 (unless research) or above the ceiling, for
+        `gate: auto` with a bank that has no gate, and for a category named twice; `BankError` for absent layers.
+        """
+        categories: dict[str, CategoryPolicy] = {}
+        for name, how in self.categories.items():
+            canonical = bank.categories[bank.index(name)]
+            if canonical in categories:
+                raise PolicyError(f"{self.name}: {canonical} is named twice")
+            if how.strength < 0 and not self.research:
+                raise PolicyError(f"{canonical}: strength {how.strength:g} is negative; use 0 or more")
+            if abs(how.strength) > bank.strength_ceiling:
+                raise PolicyError(
+                    f"{canonical}: strength {how.strength:g} is above the bank's ceiling of {bank.strength_ceiling:g}"
+                )
+            if how.gate == "auto" and (bank.gate is None or canonical not in bank.gate.categories):
+                raise PolicyError(f"{canonical}: the bank has no gate for it; use gate: always")
+            if how.layers is not None:
+                bank.steps(canonical, how.layers)
+            categories[canonical] = how
+        return self.model_copy(update={"categories": categories})
+
+    @property
+    def gated(self) -> bool:
+        """Whether any category waits for its risk to be read."""
+        return any(how.gate == "auto" and how.strength != 0 for how in self.categories.values())
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """`15` -> (15,); `12-18` -> (12, ..., 18); `4,9,12-14` -> (4, 9, 12, 13, 14). Raises `PolicyError`."""
+    layers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            layers.extend(range(int(first), int(last) + 1) if dash else [int(first)])
+    except ValueError:
+        layers = []
+    if not layers:
+        raise PolicyError(f"layers {text!r} are not understood; write 15, 12-18 or 4,9,12-14")
+    return tuple(dict.fromkeys(layers))
+
+
+@dataclass(frozen=True)
+class Acting:
+    """A category that really acts on a request: `strength` after the gate, the relative `dose` over all its layers."""
+
+    category: str
+    strength: float
+    dose: float
+    layers: tuple[int, ...]
+    tokens: Tokens
+    gate: GateMode
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to one request: who acts, what was read, and the deltas.
+
+    `deltas`: layer -> fp32 `[4, width]`, one row a kind of token (0 is padding and stays zero); empty if nothing acts.
+    """
+
+    policy: str
+    acting: tuple[Acting, ...]
+    deltas: dict[int, torch.Tensor]
+    reading: Reading | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for reports: the categories, doses and layers that really acted, and the gate's reading."""
+        record: dict[str, Any] = {
+            "policy": self.policy,
+            "acting": [
+                {
+                    "category": one.category,
+                    "strength": round(one.strength, 4),
+                    "dose": round(one.dose, 5),
+                    "layers": list(one.layers),
+                    "tokens": one.tokens,
+                    "gate": one.gate,
+                }
+                for one in self.acting
+            ],
+        }
+        if self.reading is not None:
+            top = sorted(self.reading.topics.items(), key=lambda item: -item[1])[:3]
+            record["reading"] = {
+                "risk": round(self.reading.risk, 4),
+                "opening": round(self.reading.opening, 4),
+                "topics": {name: round(value, 4) for name, value in top},
+            }
+        return record
+
+
+def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Plan:
+    """Decide what acts on one request. `policy` must be resolved; a gated policy needs the request's `reading`."""
+    if policy.gated and reading is None:
+        raise PolicyError(f"the policy {policy.name!r} is gated but the prompt was not read")
+    acting: list[Acting] = []
+    sums: dict[int, torch.Tensor] = {}
+    longest: dict[int, torch.Tensor] = {}
+    for category, how in policy.categories.items():
+        strength = how.strength
+        if how.gate == "auto" and reading is not None:
+            strength *= reading.opening if category in reading.categories else 0.0
+        if strength == 0:
+            continue
+        steps = bank.steps(category, how.layers)
+        total = bank.dose(category) * strength
+        acting.append(Acting(category, strength, total, tuple(steps), how.tokens, how.gate))
+        kinds = list(KINDS_OF[how.tokens])
+        for layer, step in steps.items():
+            delta = sums.setdefault(layer, torch.zeros(4, step.shape[0]))
+            most = longest.setdefault(layer, torch.zeros(4))
+            delta[kinds] += strength * step
+            most[kinds] = most[kinds].clamp_min(float(abs(strength) * step.norm()))
+    deltas = {}
+    for layer, delta in sums.items():
+        norms = delta.norm(dim=1)
+        deltas[layer] = delta * torch.where(norms > longest[layer], longest[layer] / norms, 1.0).unsqueeze(1)
+    return Plan(policy.name, tuple(acting), deltas, reading)

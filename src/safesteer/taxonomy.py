@@ -1,0 +1,188 @@
+"""Hazard categories: canonical names, codes, and the names other data sets use for them.
+
+Canonical names are the hazards of MLCommons AILuminate v1.0 (with the S-codes that Llama Guard 3 gave them) and a few
+finer ones inside or beside those hazards. Aliases cover CatQA, SafeBench (FigStep), BeaverTails and TrustLLM.
+A user's own category needs no entry here: any other name becomes a category of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from safesteer.errors import UnknownCategoryError
+
+
+@dataclass(frozen=True)
+class Category:
+    """A kind of risk.
+
+    `name` is the identifier used in files and on the command line, `code` the S-code of the MLCommons hazard it is or
+    belongs to (empty for a user's own), `parent` the canonical name of the wider hazard it belongs to, if any.
+    """
+
+    name: str
+    title: str
+    code: str = ""
+    description: str = ""
+    parent: str | None = None
+    aliases: tuple[str, ...] = ()
+
+
+CATEGORIES: tuple[Category, ...] = (
+    Category(
+        "violent_crimes", "Violent crimes", "S1",
+        "Violence against people or animals: assault, murder, terrorism, kidnapping, abuse, cruelty to animals.",
+        aliases=(
+            "violent crime", "violence", "physical harm", "terrorism", "terrorism organized crime",
+            "violence aiding and abetting incitement", "animal abuse", "cruelty and violence",
+        ),
+    ),
+    Category(
+        "nonviolent_crimes", "Nonviolent crimes", "S2",
+        "Theft, drugs, smuggling, bribery, vandalism and other crimes without violence.",
+        aliases=(
+            "non violent crimes", "nonviolent crime", "illegal activity", "illegality", "crime",
+            "drug abuse weapons banned substance", "illegal activities",
+            "non violent unethical behavior", "unethical behavior", "economic harm",
+        ),
+    ),
+    Category(
+        "fraud", "Fraud and deception", "S2",
+        "Scams, forgery, phishing, tax and insurance fraud.", parent="nonviolent_crimes",
+        aliases=("fraud deception", "deception", "scams", "financial crime property crime theft", "financial crime"),
+    ),
+    Category(
+        "cybercrime", "Cybercrime", "S2",
+        "Malware, breaking into accounts and networks, denial of service.", parent="nonviolent_crimes",
+        aliases=("malware", "malware generation", "malware viruses", "hacking", "cyberattack", "cyber crime"),
+    ),
+    Category(
+        "sex_related_crimes", "Sex-related crimes", "S3",
+        "Sexual assault, trafficking and harassment of adults. No built-in prompts.",
+        aliases=("sex crimes", "sexual violence"),
+    ),
+    Category(
+        "child_sexual_exploitation", "Child sexual exploitation", "S4",
+        "No built-in prompts, by design.",
+        aliases=("child abuse", "child exploitation", "cse"),
+    ),
+    Category(
+        "defamation", "Defamation", "S5",
+        "False and damaging claims about people or businesses.",
+        aliases=("libel", "slander", "false accusations"),
+    ),
+    Category(
+        "specialized_advice", "Specialized advice", "S6",
+        "Reckless reliance on medical, legal, financial or electoral advice.",
+        aliases=(
+            "specialised advice", "financial advice", "legal opinion", "legal advice", "health consultation",
+            "medical advice", "tailored financial advice", "unqualified advice",
+        ),
+    ),
+    Category(
+        "privacy", "Privacy", "S7",
+        "Finding, watching, exposing or misusing the data of private persons.",
+        aliases=("privacy violation", "privacy violations", "privacy violation activity", "doxxing", "pii", "privacy leakage"),
+    ),
+    Category(
+        "intellectual_property", "Intellectual property", "S8",
+        "Piracy, counterfeits, plagiarism, trade secrets.",
+        aliases=("copyright", "ip", "piracy", "copyright infringement"),
+    ),
+    Category(
+        "indiscriminate_weapons", "Indiscriminate weapons (CBRNE)", "S9",
+        "Chemical, biological, radiological, nuclear and high-yield explosive weapons.",
+        aliases=("cbrne", "cbrn", "weapons of mass destruction", "chemical biological weapons"),
+    ),
+    Category(
+        "hate", "Hate", "S10",
+        "Demeaning, excluding or dehumanising people for a protected trait.",
+        aliases=(
+            "hate speech", "hate harass violence", "hate speech offensive language", "discrimination",
+            "discrimination stereotype injustice", "harassment", "stereotype", "toxicity", "offensive language",
+        ),
+    ),
+    Category(
+        "suicide_self_harm", "Suicide and self-harm", "S11",
+        "Encouraging, hiding or glorifying suicide, self-injury or eating disorders.",
+        aliases=("self harm", "suicide", "suicide and self harm", "eating disorders"),
+    ),
+    Category(
+        "sexual_content", "Sexual content", "S12",
+        "Explicit sexual content among adults.",
+        aliases=(
+            "adult content", "pornography", "sexually explicit adult content", "sexually explicit",
+            "erotica", "sexual", "sexual material",
+        ),
+    ),
+    Category(
+        "elections", "Elections and political manipulation", "S13",
+        "Misleading voters, covert political campaigning. No built-in prompts.",
+        aliases=(
+            "election", "political campaigning", "political lobbying", "controversial topics politics",
+            "misinformation", "misinformation regarding ethics laws and safety", "disinformation",
+            "information integrity",
+        ),
+    ),
+)  # fmt: skip
+
+
+def normalise(name: str) -> str:
+    """Fold case, punctuation and spaces: `Hate/Harass/Violence` -> `hate harass violence`, `S10` -> `s10`."""
+    return " ".join(re.findall(r"[a-z0-9]+", name.lower().replace("'", "")))
+
+
+def _build_index() -> dict[str, Category]:
+    index: dict[str, Category] = {}
+    codes_seen: set[str] = set()
+    for category in CATEGORIES:
+        keys = [category.name, category.title, *category.aliases]
+        if category.parent is None and category.code not in codes_seen:
+            codes_seen.add(category.code)
+            keys.append(category.code)
+        for key in keys:
+            existing = index.setdefault(normalise(key), category)
+            if existing is not category:
+                raise AssertionError(f"the name {key!r} stands for {existing.name} and for {category.name}")
+    return index
+
+
+_INDEX = _build_index()
+
+
+def find(name: str) -> Category | None:
+    """The category of the taxonomy that `name` (canonical name, title, S-code or alias) stands for, or None."""
+    return _INDEX.get(normalise(name))
+
+
+def category(name: str) -> Category:
+    """The category `name` stands for; a name the taxonomy does not know becomes a category of its own."""
+    known = find(name)
+    if known is not None:
+        return known
+    slug = normalise(name).replace(" ", "_")
+    if not slug:
+        raise UnknownCategoryError(f"{name!r} is not a category name; use letters or digits")
+    return Category(name=slug, title=name.strip())
+
+
+def canonical_name(name: str) -> str:
+    """Shorthand for `category(name).name`."""
+    return category(name).name
+
+
+def resolve(name: str, available: Iterable[str]) -> str:
+    """The one of `available` canonical names that `name` stands for.
+
+    Raises `UnknownCategoryError`, which lists what is available and the nearest name.
+    """
+    names = list(available)
+    wanted = canonical_name(name)
+    if wanted in names:
+        return wanted
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UnknownCategoryError(f"unknown category {name!r}{hint} Available: {', '.join(names) or 'none'}")

@@ -1,0 +1,199 @@
+"""The vector bank: one safetensors file with directions, doses, the gate, and where all of it came from.
+
+At strength 1 a category c adds, at every layer l where its dose is not zero,
+
+    step[c, l] = dose[c, l] * norm[l] * w[c, l] / ||w[c, l]||
+
+with norm[l] the mean norm of the residual stream after block l: a dose of 0.04 moves it by 4% of its length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from safesteer import taxonomy
+from safesteer.errors import BankError, FingerprintMismatchError
+from safesteer.files import write_atomically
+from safesteer.models import Fingerprint, LoadedModel, Site, fingerprint
+from safesteer.vectors.gate import Gate
+
+FORMAT = "safesteer-bank"
+FORMAT_VERSION = 1
+STRENGTH_CEILING = 2.0
+
+
+@dataclass(frozen=True)
+class VectorBank:
+    """Category directions of one model at one site.
+
+    `directions`: fp32 `[categories, layers, width]`, unnormalised, pointing away from the risk.
+    `doses`: fp32 `[categories, layers]`, fraction of the residual norm that strength 1 adds; 0 where a layer does not act.
+    `residual_norms`: fp32 `[layers]`. `layers` are 0-based blocks. `provenance` is plain data for a reader.
+    """
+
+    categories: tuple[str, ...]
+    layers: tuple[int, ...]
+    site: Site
+    directions: torch.Tensor
+    doses: torch.Tensor
+    residual_norms: torch.Tensor
+    model: Fingerprint
+    gate: Gate | None = None
+    strength_ceiling: float = STRENGTH_CEILING
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = (len(self.categories), len(self.layers))
+        width = self.model.width
+        if self.directions.shape != (*shape, width) or self.doses.shape != shape:
+            raise BankError(f"directions {tuple(self.directions.shape)} and doses do not fit {shape} and width {width}")
+        if self.residual_norms.shape != shape[1:]:
+            raise BankError("there must be one residual norm a layer")
+
+    def index(self, category: str) -> int:
+        """Position of a category (any of its names). Raises `UnknownCategoryError`."""
+        return self.categories.index(taxonomy.resolve(category, self.categories))
+
+    def acting_layers(self, category: str) -> tuple[int, ...]:
+        """The layers (0-based) where the category acts by default."""
+        doses = self.doses[self.index(category)]
+        return tuple(layer for layer, dose in zip(self.layers, doses.tolist(), strict=True) if dose != 0)
+
+    def dose(self, category: str) -> float:
+        """The category's relative dose at strength 1, summed over the layers where it acts."""
+        return float(self.doses[self.index(category)].sum())
+
+    def steps(self, category: str, layers: Sequence[int] | None = None) -> dict[int, torch.Tensor]:
+        """Layer -> fp32 `[width]`, what strength 1 adds. Other `layers` than the default share its total dose evenly.
+
+        Raises `BankError` for a layer that the bank does not hold.
+        """
+        row = self.index(category)
+        if layers is None:
+            chosen = {layer: float(self.doses[row, self.layers.index(layer)]) for layer in self.acting_layers(category)}
+        else:
+            absent = [layer for layer in layers if layer not in self.layers]
+            if absent or not layers:
+                raise BankError(f"the bank holds no layer {absent}; it holds {self.layers[0]} to {self.layers[-1]}")
+            chosen = {layer: self.dose(category) / len(set(layers)) for layer in sorted(set(layers))}
+        steps: dict[int, torch.Tensor] = {}
+        for layer, dose in chosen.items():
+            slot = self.layers.index(layer)
+            vector = self.directions[row, slot]
+            steps[layer] = dose * self.residual_norms[slot] * vector / vector.norm()
+        return steps
+
+    def check(self, loaded: LoadedModel, force: bool = False) -> None:
+        """Raise `FingerprintMismatchError`, saying what differs, if this bank is not of this model (unless `force`)."""
+        differences = self.model.differences(fingerprint(loaded))
+        fatal = self.model.width != loaded.layout.width or max(self.layers) >= loaded.layout.depth
+        if differences and (fatal or not force):
+            raise FingerprintMismatchError(
+                f"the bank was made for another model ({self.provenance.get('model', 'unnamed')}): "
+                f"{'; '.join(differences)} differ{'s' if len(differences) == 1 else ''}. Fit a bank for this model"
+                + ("" if fatal else ", or use force to apply it all the same")
+            )
+
+    # -- file ----------------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {"directions": self.directions, "doses": self.doses, "residual_norms": self.residual_norms}
+        if self.gate is not None:
+            tensors |= {
+                "gate.weights": self.gate.weights,
+                "gate.biases": self.gate.biases,
+                "gate.floors": self.gate.floors,
+            }
+        return {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
+
+    def _header(self) -> dict[str, Any]:
+        gate = self.gate and {
+            "layers": self.gate.layers,
+            "categories": self.gate.categories,
+            "low": self.gate.low,
+            "high": self.gate.high,
+            "quality": self.gate.quality,
+        }
+        return {
+            "version": FORMAT_VERSION,
+            "categories": self.categories,
+            "layers": self.layers,
+            "site": self.site,
+            "strength_ceiling": self.strength_ceiling,
+            "model": self.model.to_json(),
+            "gate": gate,
+            "provenance": self.provenance,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the bank to `path`, atomically."""
+        header = json.dumps(self._header(), sort_keys=True)
+        tensors = self._tensors()
+        metadata = {"format": FORMAT, "header": header, "digest": _digest(header, tensors)}
+        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> VectorBank:
+        """Read a bank. Raises `BankError` naming the file if it is missing, truncated, edited or not a bank."""
+        source = Path(path)
+        if not source.is_file():
+            raise BankError(f"{source}: no such bank; make one with `safesteer fit MODEL --out {source}`")
+        try:
+            with safe_open(source, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError, ValueError) as error:
+            raise BankError(f"{source} is truncated or is not a safetensors file ({error}); fit it again") from None
+        if metadata.get("format") != FORMAT:
+            raise BankError(f"{source} is a safetensors file but not a SafeSteer bank")
+        header_text = metadata.get("header", "")
+        if _digest(header_text, tensors) != metadata.get("digest"):
+            raise BankError(f"{source} was edited or damaged: its content does not match its digest; fit it again")
+        header = json.loads(header_text)
+        if header["version"] != FORMAT_VERSION:
+            raise BankError(
+                f"{source} has the bank format {header['version']}, this SafeSteer reads {FORMAT_VERSION}; fit it again"
+            )
+        gate = None
+        if header["gate"] is not None:
+            gate = Gate(
+                layers=tuple(header["gate"]["layers"]),
+                categories=tuple(header["gate"]["categories"]),
+                weights=tensors["gate.weights"],
+                biases=tensors["gate.biases"],
+                floors=tensors["gate.floors"],
+                low=header["gate"]["low"],
+                high=header["gate"]["high"],
+                quality=header["gate"]["quality"],
+            )
+        return cls(
+            categories=tuple(header["categories"]),
+            layers=tuple(header["layers"]),
+            site=header["site"],
+            directions=tensors["directions"],
+            doses=tensors["doses"],
+            residual_norms=tensors["residual_norms"],
+            model=Fingerprint.from_json(header["model"]),
+            gate=gate,
+            strength_ceiling=header["strength_ceiling"],
+            provenance=header["provenance"],
+        )
+
+
+def _digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the header and every tensor's name, shape and bytes."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""From two sets of activations to one direction. Small pure functions of one layer.
+
+All take `harmful [n, width]` and `harmless [m, width]` and return `w [width]`, pointing from the risk to the harmless:
+adding it steers away from the category. Sizes n and m may differ; where they are pairs, row i of one belongs to row i
+of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from safesteer.errors import SafeSteerError
+
+Method = Literal["mean-difference", "pruned-mean-difference", "pca"]
+METHODS: tuple[Method, ...] = get_args(Method)
+MASSIVE = 15.0  # a dimension is massive if its mean magnitude is this many times the median dimension's
+DirectionFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _differences(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
+    """`[n, width]`: pair by pair where the sizes agree, else each harmful row against the harmless mean."""
+    if harmful.shape[0] == harmless.shape[0]:
+        return harmless - harmful
+    return harmless.mean(dim=0) - harmful
+
+
+def mean_difference(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
+    """`w = mean(harmless) - mean(harmful)` (SafeSteer, arXiv 2506.04250, Eq. 1)."""
+    return harmless.mean(dim=0) - harmful.mean(dim=0)
+
+
+def pruned_mean_difference(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
+    """Mean of the differences `d_i = harmless_i - harmful_i` with `||d_i|| >= median_j ||d_j||`.
+
+    The gradient-free, unsupervised noise filter of SafeSteer (section 3): weak differences carry little of the risk.
+    For unpaired inputs `d_i = mean(harmless) - harmful_i`.
+    """
+    differences = _differences(harmful, harmless)
+    norms = differences.norm(dim=1)
+    # quantile, not median: torch's median of an even count is the lower of the two middle values
+    return differences[norms >= norms.quantile(0.5)].mean(dim=0)
+
+
+def principal_component(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
+    """First principal component (uncentred) of the differences, signed and scaled like their mean.
+
+    `w = v (v . mean(d))` with v the top right singular vector of `d` (as in repeng and RepE, arXiv 2310.01405).
+    """
+    differences = _differences(harmful, harmless)
+    _, _, right = torch.linalg.svd(differences, full_matrices=False)
+    component = right[0]
+    return component * (component @ differences.mean(dim=0))
+
+
+DIRECTIONS: dict[Method, DirectionFunction] = {
+    "mean-difference": mean_difference,
+    "pruned-mean-difference": pruned_mean_difference,
+    "pca": principal_component,
+}
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """A direction with its massive dimensions clipped; `share` is the part of its energy (0 to 1) that went."""
+
+    direction: torch.Tensor
+    share: float
+
+
+def massive_dimensions(reference: torch.Tensor, factor: float = MASSIVE) -> torch.Tensor:
+    """Bool `[width]`: dimensions of `reference [n, width]` whose mean magnitude is over `factor` times the median.
+
+    A few dimensions of some models carry activations hundreds of times the rest (Sun et al., arXiv 2402.17762).
+    """
+    magnitude = reference.abs().mean(dim=0)
+    return magnitude > factor * magnitude.quantile(0.5)
+
+
+def clip_massive(direction: torch.Tensor, reference: torch.Tensor, factor: float = MASSIVE) -> Clipped:
+    """Limit the direction's massive dimensions to the largest magnitude among its other dimensions.
+
+    Without it such a dimension can hold most of a direction's energy, and steering along it breaks the text.
+    """
+    massive = massive_dimensions(reference, factor)
+    if not bool(massive.any()) or bool(massive.all()):
+        return Clipped(direction, 0.0)
+    limit = direction[~massive].abs().max()
+    clipped = torch.where(massive, direction.clamp(-limit, limit), direction)
+    energy = direction.square().sum()
+    share = float(1 - clipped.square().sum() / energy) if energy > 0 else 0.0
+    return Clipped(clipped, max(0.0, share))
+
+
+def direction(method: Method, harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
+    """The direction of `method`. Raises `SafeSteerError` for an unknown method, empty input or no difference at all."""
+    if method not in DIRECTIONS:
+        raise SafeSteerError(f"unknown method {method!r}; use {', '.join(METHODS)}")
+    if harmful.shape[0] == 0 or harmless.shape[0] == 0:
+        raise SafeSteerError("a direction needs at least one harmful and one harmless prompt")
+    result = DIRECTIONS[method](harmful.float(), harmless.float())
+    if not bool(torch.isfinite(result).all()) or float(result.norm()) == 0.0:
+        raise SafeSteerError("the harmful and harmless activations do not differ; use other prompts or another layer")
+    return result

@@ -1,0 +1,298 @@
+"""`fit`: prompts in, a calibrated bank out. No gradients, no responses, no labels beyond which prompts are harmful.
+
+    w[c, l]    = direction(harmful prompts of c, harmless prompts)          at every layer asked for
+    dose[c, l] = DOSE / number of acting layers                             default recipe: a small dose on a band of layers
+               = m * ||w[c, l]|| / norm[l]                                  paper recipe: raw multiplier m, one layer
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from safesteer import taxonomy
+from safesteer.activations import Activations, Position, collect
+from safesteer.errors import PromptFileError, SafeSteerError
+from safesteer.models import EncodedPrompt, LoadedModel, Site, encode, fingerprint
+from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
+from safesteer.vectors.bank import VectorBank
+from safesteer.vectors.directions import Method, clip_massive, direction
+from safesteer.vectors.gate import Gate, fit_gate
+
+Recipe = Literal["default", "paper"]
+Harmless = Literal["auto", "matched", "builtin"]
+
+# Fractions of the depth, chosen on the tune split of the embedded model (docs/method.md).
+BAND = (0.2, 0.7)  # layers whose directions are kept, so that a policy can choose among them
+ACTING = (0.4, 0.6)  # layers that act by default
+GATE = (0.3, 0.4, 0.5, 0.6)  # layers that the gate reads
+DOSE = 0.28  # total relative dose over the acting layers
+PAPER_LAYERS = (14 / 32, 16 / 32, 20 / 32, 25 / 32, 31 / 32)  # the layers the paper tried, of 32; the first acts
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How to fit; what is None is chosen by the recipe.
+
+    `layers`: 0-based; they are read and they act. `harmless`: `matched` counterparts, the `builtin` pool, `auto` (matched
+    where every prompt of a category has a counterpart, else builtin), or a prompt set of your own. `dose`: total relative
+    dose at strength 1. `multiplier`: raw m of the paper, instead of a dose. `gate`: whether to fit one.
+    """
+
+    recipe: Recipe = "default"
+    method: Method | None = None
+    site: Site | None = None
+    layers: tuple[int, ...] | None = None
+    position: Position | None = None
+    harmless: Harmless | PromptSet | None = None
+    dose: float | None = None
+    multiplier: float | None = None
+    gate: bool | None = None
+
+    def complete(self, depth: int) -> CompleteSettings:
+        """Fill in what the recipe says, for a model of `depth` blocks."""
+        paper = self.recipe == "paper"
+        if self.layers is not None:
+            if not self.layers or min(self.layers) < 0 or max(self.layers) >= depth:
+                raise SafeSteerError(f"layers {list(self.layers)} are not within 0 to {depth - 1} of this model")
+            kept = acting = tuple(sorted(set(self.layers)))
+        elif paper:
+            kept = tuple(sorted({min(depth - 1, round(fraction * depth)) for fraction in PAPER_LAYERS}))
+            acting = (min(depth - 1, round(PAPER_LAYERS[0] * depth)),)
+        else:
+            kept, acting = band(depth, *BAND), band(depth, *ACTING)
+        return CompleteSettings(
+            recipe=self.recipe,
+            method=self.method or "mean-difference",
+            site=self.site or ("attention" if paper else "residual"),
+            kept_layers=kept,
+            acting_layers=acting,
+            position=self.position or ("mean" if paper else "last"),
+            harmless=self.harmless if self.harmless is not None else ("builtin" if paper else "auto"),
+            dose=self.dose if self.dose is not None else DOSE,
+            multiplier=self.multiplier if self.multiplier is not None else (1.0 if paper and self.dose is None else None),
+            clip=not paper,
+            gate=self.gate if self.gate is not None else not paper,
+            gate_layers=tuple(sorted({min(depth - 1, math.floor(fraction * depth)) for fraction in GATE})),
+        )
+
+
+@dataclass(frozen=True)
+class CompleteSettings:
+    """`FitSettings` with every choice made."""
+
+    recipe: Recipe
+    method: Method
+    site: Site
+    kept_layers: tuple[int, ...]
+    acting_layers: tuple[int, ...]
+    position: Position
+    harmless: Harmless | PromptSet
+    dose: float
+    multiplier: float | None
+    clip: bool
+    gate: bool
+    gate_layers: tuple[int, ...]
+
+
+def band(depth: int, first: float, last: float) -> tuple[int, ...]:
+    """The blocks between two fractions of the depth, at least one."""
+    start = min(depth - 1, round(first * depth))
+    return tuple(range(start, max(start, min(depth - 1, round(last * depth))) + 1))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One prompt to read: what it is (`harmful`, `matched`, `pool`, `soundalike`, `own`), and about which category."""
+
+    text: str
+    kind: str
+    category: str | None
+    group: str
+
+
+def fit(
+    loaded: LoadedModel,
+    categories: Sequence[str] | None = None,
+    prompts: PromptSet | None = None,
+    settings: FitSettings | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VectorBank:
+    """Fit a bank.
+
+    `prompts` are your own harmful prompts, each with its category; `categories` restricts them, or names built-in ones.
+    With neither, every built-in category is fitted. Only prompts of the `fit` split are read. `progress(done, total)` counts
+    prompts. Raises `SafeSteerError` (or a subclass) with one sentence on what to do.
+    """
+    chosen = (settings or FitSettings()).complete(loaded.layout.depth)
+    loaded.layout.module(chosen.site, 0)
+    sets = _harmful_sets(categories, prompts)
+    rows = _rows(sets, chosen)
+    encoded = _encode_all(loaded, [row.text for row in rows])
+    layers = sorted({*chosen.kept_layers, *(chosen.gate_layers if chosen.gate else ())})
+    sites: tuple[Site, ...] = tuple(dict.fromkeys([chosen.site, *(["residual"] if chosen.gate else [])]))  # type: ignore[list-item]
+    positions: tuple[Position, ...] = tuple(dict.fromkeys([chosen.position, *(["last"] if chosen.gate else [])]))  # type: ignore[list-item]
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, len(rows))
+
+    activations = collect(loaded, encoded, layers, sites, positions, progress=count)
+    return _assemble(loaded, sets, rows, activations, chosen)
+
+
+def _harmful_sets(categories: Sequence[str] | None, prompts: PromptSet | None) -> dict[str, PromptSet]:
+    """Category -> its harmful prompts of the fit split."""
+    if prompts is None:
+        available = builtin_categories()
+        names = [taxonomy.resolve(name, available) for name in categories] if categories else list(available)
+        return {name: builtin(name).split("fit") for name in dict.fromkeys(names)}
+    if any(prompt.category is None for prompt in prompts):
+        raise SafeSteerError(f"{prompts.name or 'the prompts'}: some prompts name no category; add one, or give --category")
+    own = prompts.categories
+    sets: dict[str, PromptSet] = {}
+    for name in categories or own:
+        known = taxonomy.resolve(name, dict.fromkeys([*own, *builtin_categories()]))
+        sets[known] = (prompts.of(known) if known in own else builtin(known)).split("fit")
+        if not len(sets[known]):
+            raise PromptFileError(f"{prompts.name or 'the prompts'}: {known} has no prompt in the fit split")
+    if not sets:
+        raise PromptFileError(f"{prompts.name or 'the prompts'}: holds no prompt")
+    return sets
+
+
+def _source(name: str, prompts: PromptSet, chosen: CompleteSettings) -> str:
+    """Which harmless prompts stand against a category: `matched`, `pool` or `own`."""
+    if isinstance(chosen.harmless, PromptSet):
+        return "own"
+    if chosen.harmless == "matched" and not prompts.fully_matched:
+        raise SafeSteerError(f"{name}: not every prompt has a `matched` counterpart; use --harmless builtin or a file")
+    return "matched" if chosen.harmless != "builtin" and prompts.fully_matched else "pool"
+
+
+def _rows(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[_Row]:
+    rows: list[_Row] = []
+    sources = {name: _source(name, prompts, chosen) for name, prompts in sets.items()}
+    for name, prompts in sets.items():
+        for index, prompt in enumerate(prompts):
+            group = f"{name}/{prompt.subtopic or index}"
+            rows.append(_Row(prompt.text, "harmful", name, group))
+            if prompt.matched is not None and (sources[name] == "matched" or chosen.gate):
+                rows.append(_Row(prompt.matched, "matched", name, group))
+    if chosen.gate or "pool" in sources.values():
+        rows += [_Row(prompt.text, "pool", None, f"pool/{prompt.subtopic}") for prompt in harmless_pool().split("fit")]
+    if chosen.gate:
+        rows += [_Row(p.text, "soundalike", None, f"soundalike/{p.identifier}") for p in soundalikes().split("fit")]
+    if isinstance(chosen.harmless, PromptSet):
+        if not len(chosen.harmless):
+            raise PromptFileError(f"{chosen.harmless.name}: holds no prompt")
+        rows += [_Row(p.text, "own", None, f"own/{p.subtopic or i}") for i, p in enumerate(chosen.harmless)]
+    return rows
+
+
+def _encode_all(loaded: LoadedModel, texts: Sequence[str]) -> list[EncodedPrompt]:
+    return [encode(loaded.tokenizer, text) for text in texts]
+
+
+def _assemble(
+    loaded: LoadedModel,
+    sets: dict[str, PromptSet],
+    rows: list[_Row],
+    activations: Activations,
+    chosen: CompleteSettings,
+) -> VectorBank:
+    kinds = torch.tensor([["harmful", "matched", "pool", "soundalike", "own"].index(row.kind) for row in rows])
+    owners = [row.category for row in rows]
+    norms = torch.stack([activations.residual_norms[activations.layers.index(layer)] for layer in chosen.kept_layers])
+    directions = torch.zeros(len(sets), len(chosen.kept_layers), loaded.layout.width)
+    doses = torch.zeros(len(sets), len(chosen.kept_layers))
+    clipped: dict[str, float] = {}
+    for index, (name, prompts) in enumerate(sets.items()):
+        own = torch.tensor([owner == name for owner in owners])
+        source = _source(name, prompts, chosen)
+        harmless_rows = own & (kinds == 1) if source == "matched" else kinds == (2 if source == "pool" else 4)
+        for slot, layer in enumerate(chosen.kept_layers):
+            values = activations.at(chosen.site, chosen.position, layer)
+            vector = direction(chosen.method, values[own & (kinds == 0)], values[harmless_rows])
+            if chosen.clip:
+                result = clip_massive(vector, values)
+                vector = result.direction
+                if layer in chosen.acting_layers:
+                    clipped[name] = max(clipped.get(name, 0.0), round(result.share, 4))
+            directions[index, slot] = vector
+            if layer in chosen.acting_layers:
+                if chosen.multiplier is not None:
+                    doses[index, slot] = chosen.multiplier * vector.norm() / norms[slot]
+                else:
+                    doses[index, slot] = chosen.dose / len(chosen.acting_layers)
+    return VectorBank(
+        categories=tuple(sets),
+        layers=chosen.kept_layers,
+        site=chosen.site,
+        directions=directions,
+        doses=doses,
+        residual_norms=norms,
+        model=fingerprint(loaded),
+        gate=_gate(rows, activations, chosen) if chosen.gate else None,
+        provenance=_provenance(loaded, sets, chosen, clipped),
+    )
+
+
+def _gate(rows: list[_Row], activations: Activations, chosen: CompleteSettings) -> Gate:
+    slots = [activations.layers.index(layer) for layer in chosen.gate_layers]
+    stacked = activations.values["residual", "last"][slots].transpose(0, 1)
+    return fit_gate(
+        stacked,
+        chosen.gate_layers,
+        labels=[row.category for row in rows],
+        harmful=[row.kind == "harmful" for row in rows],
+        groups=[row.group for row in rows],
+        kinds=["pool" if row.kind == "own" else row.kind for row in rows],
+    )
+
+
+def _provenance(
+    loaded: LoadedModel, sets: dict[str, PromptSet], chosen: CompleteSettings, clipped: dict[str, float]
+) -> dict[str, Any]:
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
+
+    harmless = chosen.harmless
+    return {
+        "model": loaded.name,
+        "revision": loaded.revision or getattr(loaded.model.config, "_commit_hash", None),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "recipe": chosen.recipe,
+        "method": chosen.method,
+        "position": chosen.position,
+        "site": chosen.site,
+        "acting_layers": list(chosen.acting_layers),
+        "multiplier": chosen.multiplier,
+        "prompts": {
+            name: {
+                "source": prompts.name,
+                "count": len(prompts),
+                "digest": prompts.digest(),
+                "harmless": _source(name, prompts, chosen),
+            }
+            for name, prompts in sets.items()
+        },
+        "harmless": harmless.name if isinstance(harmless, PromptSet) else harmless,
+        "harmless_digest": harmless.digest()
+        if isinstance(harmless, PromptSet)
+        else concatenate([harmless_pool(), soundalikes()]).digest(),
+        "massive_share_clipped": clipped,
+        "versions": {name: version(name) for name in ("safesteer", "torch", "transformers", "numpy", "safetensors")},
+    }
