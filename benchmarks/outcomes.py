@@ -6,8 +6,8 @@
     python benchmarks/outcomes.py score --out DIR                # reads DIR/grades-1.jsonl ... {"key": ..., "outcome": ...}
 
 Conditions: `unsteered`, `system-prompt`, `default` (the bank's own policy), `gated:DOSE[@LAYERS]` (the default gate, another
-total dose), `oracle:DOSE[@LAYERS]` (the prompt's true category, always on), and any of these with the prefix `random-` (directions
-replaced by random ones of equal norm). Outcomes: unsafe, refusal, safe, off_topic, degenerate.
+total dose), `oracle:DOSE[@LAYERS]` (the prompt's true category, always on), and any of these with the prefix `random-`
+(random directions of equal norm). Outcomes: unsafe, refusal, safe, off_topic, degenerate.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
         prompts += [p for c in bank.categories for p in list(builtin(c).split(args.split))[:: args.every]]
     if "matched" in args.prompts:
         sets = [p for c in bank.categories for p in list(builtin(c).split(args.split))[:: args.every]]
-        prompts += [replace(p, text=p.matched, category=None, matched=None, identifier=p.identifier + "-m") for p in sets]
+        prompts += [
+            replace(p, text=p.matched, category=None, matched=None, identifier=p.identifier + "-m") for p in sets
+        ]
     if "pool" in args.prompts:
         prompts += list(harmless_pool().split(args.split))[:: args.every]
     if "soundalike" in args.prompts:
@@ -74,7 +76,9 @@ def run(args: argparse.Namespace) -> None:
                 policy = safesteer.Policy.of({prompt.category: 1.0} if prompt.category else {})
             requests.append(Request(prompt.text, policy, SYSTEM if kind == "system-prompt" else None))
         began = time.time()
-        responses = generate(loaded, used, requests, GenerationSettings(args.max_new_tokens, batch_size=args.batch_size))
+        responses = generate(
+            loaded, used, requests, GenerationSettings(args.max_new_tokens, batch_size=args.batch_size)
+        )
         rows = [
             {
                 "condition": condition, "id": p.identifier, "category": p.category, "resembles": p.resembles,

@@ -1,10 +1,10 @@
 """SafeSteer: steer an open-weight language model away from chosen risk categories, at inference time.
 
-    import safesteer
-    model = safesteer.load_model("embedded")
-    bank = safesteer.fit(model, categories=["hate", "privacy"])
-    with safesteer.Steerer(model, bank):
-        ...  # model.model.generate(...) is steered
+import safesteer
+model = safesteer.load_model("embedded")
+bank = safesteer.fit(model, categories=["hate", "privacy"])
+with safesteer.Steerer(model, bank):
+    ...  # model.model.generate(...) is steered
 """
 
 from __future__ import annotations

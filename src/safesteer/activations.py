@@ -60,7 +60,9 @@ def batches_by_length(prompts: Sequence[EncodedPrompt], batch_tokens: int = BATC
     return batches
 
 
-def pad(prompts: Sequence[EncodedPrompt], pad_id: int, side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(
+    prompts: Sequence[EncodedPrompt], pad_id: int, side: Literal["left", "right"]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both int64 `[prompts, tokens]`, padded on `side`."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
@@ -74,7 +76,10 @@ def pad(prompts: Sequence[EncodedPrompt], pad_id: int, side: Literal["left", "ri
 
 @torch.inference_mode()
 def run_until(
-    loaded: LoadedModel, layer: int, taps: Iterable[tuple[torch.nn.Module, Callable[[torch.Tensor], None]]], **inputs: Any
+    loaded: LoadedModel,
+    layer: int,
+    taps: Iterable[tuple[torch.nn.Module, Callable[[torch.Tensor], None]]],
+    **inputs: Any,
 ) -> None:
     """A forward pass that hands the output of each tapped module to its callback and ends after block `layer`."""
     decoder = loaded.layout.decoder
@@ -119,7 +124,9 @@ def collect(
     if not chosen or chosen[0] < 0 or chosen[-1] >= loaded.layout.depth:
         raise SafeSteerError(f"layers {list(layers)} are not within 0 to {loaded.layout.depth - 1}")
     width = loaded.layout.width
-    values = {(site, position): torch.zeros(len(chosen), len(prompts), width) for site in sites for position in positions}
+    values = {
+        (site, position): torch.zeros(len(chosen), len(prompts), width) for site in sites for position in positions
+    }
     norm_sums = torch.zeros(len(chosen), dtype=torch.float64)
     token_count = sum(prompt.content_end - prompt.content_start for prompt in prompts)
     pad_id = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0

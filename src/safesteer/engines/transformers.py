@@ -99,7 +99,9 @@ class Steerer:
         if len(policies) == 1 and rows is not None:
             policies = policies * rows
         elif rows is not None and len(policies) != rows:
-            raise SteeringError(f"the batch has {rows} rows but {len(policies)} policies were given; give one policy a row")
+            raise SteeringError(
+                f"the batch has {rows} rows but {len(policies)} policies were given; give one policy a row"
+            )
         readings: list[Reading | None] = [None] * len(policies)
         gated = [index for index, policy in enumerate(policies) if policy.gated]
         if gated:
@@ -122,7 +124,9 @@ class Steerer:
     def __enter__(self) -> Steerer:
         model = self.loaded.model
         if getattr(model, _MARK, None) is not None:
-            raise SteeringError("this model is being steered already; leave that context first, or use one policy a row")
+            raise SteeringError(
+                "this model is being steered already; leave that context first, or use one policy a row"
+            )
         original = model.generate
 
         def generate(inputs: Any = None, *arguments: Any, **keywords: Any) -> Any:

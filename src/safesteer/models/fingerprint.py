@@ -77,7 +77,9 @@ def fingerprint(loaded: LoadedModel) -> Fingerprint:
     """The fingerprint of a loaded model; reads a few hundred values, so it takes milliseconds."""
     # Chosen by name alone, so that a quantised model offers the same names, less the quantised ones.
     parameters = sorted(loaded.model.named_parameters(), key=lambda pair: pair[0])
-    chosen = {round(i * (len(parameters) - 1) / max(1, PARAMETERS - 1)) for i in range(PARAMETERS)} if parameters else set()
+    chosen = (
+        {round(i * (len(parameters) - 1) / max(1, PARAMETERS - 1)) for i in range(PARAMETERS)} if parameters else set()
+    )
     weights: dict[str, tuple[float, ...]] = {}
     for index in sorted(chosen):
         name, parameter = parameters[index]

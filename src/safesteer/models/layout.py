@@ -111,7 +111,9 @@ def find_layout(model: Any) -> ModelLayout:
 
 def _looks_like_blocks(candidates: nn.ModuleList) -> bool:
     """Blocks hold submodules with an attention among them; a list of norms or embeddings does not."""
-    return all(any(_ATTENTION.search(f"{n} {type(m).__name__}") for n, m in block.named_children()) for block in candidates)
+    return all(
+        any(_ATTENTION.search(f"{n} {type(m).__name__}") for n, m in block.named_children()) for block in candidates
+    )
 
 
 def _site(blocks: tuple[nn.Module, ...], pattern: re.Pattern[str]) -> tuple[nn.Module, ...]:

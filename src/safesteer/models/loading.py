@@ -110,7 +110,9 @@ def load_model(
         arguments["device_map"] = device_map
     chosen = DTYPES[dtype] if dtype else (torch.float32 if where == "cpu" and device_map is None else "auto")
     with quiet_transformers():
-        source = embedded_source(progress) if name == EMBEDDED else str(Path(name).expanduser() if looks_local else name)
+        source = (
+            embedded_source(progress) if name == EMBEDDED else str(Path(name).expanduser() if looks_local else name)
+        )
         progress(f"Loading {name}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

@@ -91,15 +91,15 @@ def rows_of_file(path: Path) -> Iterator[tuple[str, Any]]:
             raise PromptFileError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
         if not isinstance(rows, list):
             raise PromptFileError(f"{path}: expected a JSON list of prompts")
-        for number, row in enumerate(rows, 1):
-            yield f"{path}, item {number}", row
+        for item, row in enumerate(rows, 1):
+            yield f"{path}, item {item}", row
     else:
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
+        for line, text in enumerate(content.split("\n"), 1):
+            if text.strip():
                 try:
-                    yield f"{path}, line {number}", json.loads(line)
+                    yield f"{path}, line {line}", json.loads(text)
                 except json.JSONDecodeError as error:
-                    raise PromptFileError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+                    raise PromptFileError(f"{path}, line {line}: not valid JSON ({error.msg})") from None
 
 
 def _csv_rows(path: Path, content: str) -> Iterator[tuple[str, Any]]:

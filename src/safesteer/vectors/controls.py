@@ -17,4 +17,6 @@ def randomised(bank: VectorBank, seed: int = 0) -> VectorBank:
     noise = noise[:, :1].expand_as(bank.directions)
     norms = bank.directions.norm(dim=-1, keepdim=True)
     random = noise / noise.norm(dim=-1, keepdim=True) * norms
-    return replace(bank, directions=random.contiguous(), provenance={**bank.provenance, "control": f"random, seed {seed}"})
+    return replace(
+        bank, directions=random.contiguous(), provenance={**bank.provenance, "control": f"random, seed {seed}"}
+    )

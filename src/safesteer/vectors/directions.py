@@ -52,7 +52,7 @@ def principal_component(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.
     """
     differences = _differences(harmful, harmless)
     _, _, right = torch.linalg.svd(differences, full_matrices=False)
-    component = right[0]
+    component: torch.Tensor = right[0]
     return component * (component @ differences.mean(dim=0))
 
 

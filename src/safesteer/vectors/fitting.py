@@ -1,8 +1,8 @@
 """`fit`: prompts in, a calibrated bank out. No gradients, no responses, no labels beyond which prompts are harmful.
 
-    w[c, l]    = direction(harmful prompts of c, harmless prompts)          at every layer asked for
-    dose[c, l] = DOSE / number of acting layers                             default recipe: a small dose on a band of layers
-               = m * ||w[c, l]|| / norm[l]                                  paper recipe: raw multiplier m, one layer
+w[c, l]    = direction(harmful prompts of c, harmless prompts)          at every layer asked for
+dose[c, l] = DOSE / number of acting layers                             default recipe: a small dose on a band of layers
+           = m * ||w[c, l]|| / norm[l]                                  paper recipe: raw multiplier m, one layer
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class FitSettings:
             position=self.position or ("mean" if paper else "last"),
             harmless=self.harmless if self.harmless is not None else ("builtin" if paper else "auto"),
             dose=self.dose if self.dose is not None else DOSE,
-            multiplier=self.multiplier if self.multiplier is not None else (1.0 if paper and self.dose is None else None),
+            multiplier=self.multiplier
+            if self.multiplier is not None
+            else (1.0 if paper and self.dose is None else None),
             clip=not paper,
             gate=self.gate if self.gate is not None else not paper,
             gate_layers=tuple(sorted({min(depth - 1, math.floor(fraction * depth)) for fraction in GATE})),
@@ -157,7 +159,9 @@ def _harmful_sets(categories: Sequence[str] | None, prompts: PromptSet | None) -
         names = [taxonomy.resolve(name, available) for name in categories] if categories else list(available)
         return {name: builtin(name).split("fit") for name in dict.fromkeys(names)}
     if any(prompt.category is None for prompt in prompts):
-        raise SafeSteerError(f"{prompts.name or 'the prompts'}: some prompts name no category; add one, or give --category")
+        raise SafeSteerError(
+            f"{prompts.name or 'the prompts'}: some prompts name no category; add one, or give --category"
+        )
     own = prompts.categories
     sets: dict[str, PromptSet] = {}
     for name in categories or own:

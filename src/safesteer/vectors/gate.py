@@ -86,7 +86,7 @@ def features(activations: torch.Tensor) -> torch.Tensor:
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor, relative: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ridge regression in its dual form: weights `[outputs, inputs]` and biases `[outputs]` for x `[n, inputs]`, y `[n, outputs]`.
+    """Ridge regression in its dual form: weights `[outputs, inputs]`, biases `[outputs]` for x `[n, inputs]`, y `[n, outputs]`.
 
     W = (Y - mean Y)^T (K + lambda I)^-1 (X - mean X), K the centred kernel, lambda = relative * mean(diag K).
     """
@@ -129,7 +129,8 @@ def fit_gate(
         raise SafeSteerError("a gate needs harmful and harmless prompts of at least one category")
     x = features(activations).double()
     targets = torch.stack(
-        [is_harmful.double(), *(torch.tensor([label == name for label in labels]).double() for name in categories)], dim=1
+        [is_harmful.double(), *(torch.tensor([label == name for label in labels]).double() for name in categories)],
+        dim=1,
     )
     names = sorted(set(groups))
     fold_of = {name: index % FOLDS for index, name in enumerate(names)}
@@ -159,6 +160,4 @@ def fit_gate(
             quality[f"opened_{k}"] = round(float((risk[rows] > low).double().mean()), 4)
     quality["opened_harmful"] = round(float((risk[is_harmful] > low).double().mean()), 4)
     weights, biases = ridge(x, targets)
-    return Gate(
-        tuple(layers), categories, weights.float(), biases.float(), torch.tensor(floors), low, high, quality
-    )
+    return Gate(tuple(layers), categories, weights.float(), biases.float(), torch.tensor(floors), low, high, quality)

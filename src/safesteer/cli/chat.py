@@ -1,0 +1,124 @@
+"""`safesteer chat`: talk to a steered model, and ask it why."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from safesteer.cli import options
+from safesteer.cli.console import err, out, print_json
+from safesteer.errors import SafeSteerError
+
+HELP = """/steer hate=0.5 [privacy=1]   steer these categories on every message
+/default                      back to the bank's own policy
+/off                          no steering
+/why                          what acted on the last answer, and what was read
+/reset                        forget the conversation
+/quit                         leave"""
+
+
+def chat(
+    bank: options.BankArgument,
+    policy: options.PolicyFile = None,
+    steer: options.Steer = None,
+    gate: options.GateOption = "always",
+    tokens: options.TokensOption = "all",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for temperature above 0.")] = 0,
+    model: options.ModelOption = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    load_4bit: options.Load4Bit = False,
+    load_8bit: options.Load8Bit = False,
+    force: options.Force = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print each answer as one JSON object a line, not streamed.")
+    ] = False,
+) -> None:
+    """Chat with the steered model; type /help for the commands."""
+    import json as json_module
+
+    from transformers import TextStreamer
+
+    from safesteer.engines import GenerationSettings, Request, generate
+    from safesteer.policy import Policy
+    from safesteer.vectors import VectorBank
+
+    opened = VectorBank.load(bank)
+    current = options.chosen_policy(opened, policy, steer, gate, tokens)
+    loaded = options.load_for(
+        opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
+        trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
+    )  # fmt: skip
+    opened.check(loaded, force)
+    settings = GenerationSettings(max_new_tokens, temperature, seed, 1)
+    history: list[dict[str, str]] = []
+    steering: dict[str, object] | None = None
+    interactive = sys.stdin.isatty()
+    if interactive:
+        err.print(f"{loaded.name}, policy {current.name}. /help for commands, /quit to leave.")
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            break
+        if not line:
+            continue
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            break
+        if command == "/help":
+            err.print(HELP, markup=False)
+        elif command == "/reset":
+            history, steering = [], None
+            err.print("The conversation is forgotten.")
+        elif command in ("/steer", "/off", "/default"):
+            try:
+                if command == "/off":
+                    chosen = Policy.off()
+                elif command == "/default":
+                    chosen = Policy.default(opened)
+                else:
+                    if not rest.split():
+                        raise SafeSteerError("write /steer hate=0.5")
+                    chosen = options.parse_steer(rest.split(), gate, tokens)
+                current = chosen.resolved(opened)
+                names = ", ".join(f"{n} {how.strength:g}" for n, how in current.categories.items())
+                err.print(f"policy {current.name}: {names or 'nothing'}", markup=False)
+            except SafeSteerError as error:
+                err.print(f"error: {error}", markup=False)
+        elif command == "/why":
+            if steering is None:
+                err.print("There is no answer yet.")
+            else:
+                print_json(steering)
+        elif command.startswith("/"):
+            err.print(f"unknown command {escape(command)}; /help lists them")
+        else:
+            history.append({"role": "user", "content": line})
+            streamer = None if json else TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            try:
+                [response] = generate(
+                    loaded, opened, [Request(history, current)], settings, force=force, streamer=streamer
+                )
+            except KeyboardInterrupt:
+                history.pop()
+                err.print("\nstopped; the message is forgotten")
+                continue
+            steering = response.steering
+            history.append({"role": "assistant", "content": response.text})
+            if json:
+                out.file.write(
+                    json_module.dumps(
+                        {"prompt": line, "response": response.text, "steering": steering}, ensure_ascii=False
+                    )
+                    + "\n"
+                )
+                out.file.flush()

@@ -1,0 +1,68 @@
+"""What every command shares: where output goes, how errors end, how progress looks.
+
+Results go to standard output, everything else (progress, notes, errors) to standard error, so that a pipe sees only results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=2) + "\n")
+
+
+def note(message: str) -> None:
+    """A line on standard error."""
+    err.print(message, markup=False)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error (drawn only on a terminal); call it with (done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(label, total=None, rate="")
+
+        def update(done: int, total: int) -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, completed=done, total=total, rate=f"{speed:.0f}/s" if speed else "")
+
+        yield update
+
+
+@contextmanager
+def working(label: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on standard error while something of unknown length runs; call it to change the label."""
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda message: bar.update(task, description=message)
+
+
+def counted(update: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """Adapt a (done, total) bar to a callback that counts up."""
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        update(done, total)
+
+    return more

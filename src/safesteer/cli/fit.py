@@ -1,0 +1,156 @@
+"""`safesteer fit`: from prompts to a bank."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+from rich.table import Table
+
+from safesteer.cli import options
+from safesteer.cli.console import note, out, print_json, progress_bar
+from safesteer.errors import SafeSteerError
+from safesteer.files import check_writable
+
+if TYPE_CHECKING:
+    from safesteer.prompts import PromptSet
+    from safesteer.vectors import FitSettings, VectorBank
+
+
+def _choice(value: str | None, allowed: tuple[str, ...], option: str) -> Any:
+    if value is not None and value not in allowed:
+        raise SafeSteerError(f"{option} {value!r} is not known; use {', '.join(allowed)}")
+    return value
+
+
+def read_prompt_files(paths: list[Path], categories: list[str] | None) -> PromptSet | None:
+    """All prompt files as one set. Rows that name no category take the only --category, or the file's name."""
+    from safesteer.prompts import concatenate, read_prompts
+
+    if not paths:
+        return None
+    only = categories[0] if categories and len(categories) == 1 else None
+    sets = [read_prompts(str(path), only or path.stem) for path in paths]
+    return concatenate(sets, ", ".join(one.name for one in sets))
+
+
+def _settings(
+    recipe: str, method: str | None, site: str | None, layers: str, position: str | None, harmless: str | None,
+    multiplier: float | None, dose: float | None, gate: bool | None,
+) -> FitSettings:  # fmt: skip
+    from safesteer.activations import POSITIONS
+    from safesteer.models import SITES
+    from safesteer.policy import parse_layers
+    from safesteer.prompts import read_prompts
+    from safesteer.vectors import METHODS, FitSettings
+    from safesteer.vectors.fitting import Harmless, Recipe
+
+    if dose is not None and multiplier is not None:
+        raise SafeSteerError("give either --dose or --multiplier, not both")
+    if dose is not None and not 0 < dose <= 2:
+        raise SafeSteerError(f"--dose {dose:g} must be above 0 and at most 2 (a share of the residual norm)")
+    known = get_args(Harmless)
+    return FitSettings(
+        recipe=_choice(recipe, get_args(Recipe), "--recipe"),
+        method=_choice(method, METHODS, "--method"),
+        site=_choice(site, SITES, "--site"),
+        layers=None if layers == "auto" else parse_layers(layers),
+        position=_choice(position, POSITIONS, "--position"),
+        harmless=cast(Harmless, harmless)
+        if harmless is None or harmless in known
+        else read_prompts(harmless, "harmless"),
+        multiplier=multiplier,
+        dose=dose,
+        gate=gate,
+    )
+
+
+def fit(
+    model: options.ModelArgument,
+    out_file: Annotated[Path, typer.Option("--out", help="The bank to write (.safetensors).")],
+    category: Annotated[
+        list[str] | None, typer.Option(help="A category to fit; all built-in ones if none. Repeatable.")
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="Your own harmful prompts: .jsonl, .csv, or hf:owner/name. Repeatable.")
+    ] = None,
+    harmless: Annotated[
+        str | None, typer.Option(help="What stands against them: auto, matched, builtin, or a prompt file.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="mean-difference, pruned-mean-difference or pca.")] = None,
+    site: Annotated[str | None, typer.Option(help="residual, attention or mlp.")] = None,
+    layers: Annotated[str, typer.Option(help="auto, or 0-based blocks: 15, 12-18, 4,9,14.")] = "auto",
+    position: Annotated[str | None, typer.Option(help="Where prompts are read: last or mean.")] = None,
+    recipe: Annotated[str, typer.Option(help="default, or paper for SafeSteer to the letter.")] = "default",
+    dose: Annotated[float | None, typer.Option(help="Total relative dose at strength 1.")] = None,
+    multiplier: Annotated[float | None, typer.Option(help="The paper's raw m, instead of a dose.")] = None,
+    gate: Annotated[bool | None, typer.Option("--with-gate/--without-gate", help="Whether to fit a gate.")] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    load_4bit: options.Load4Bit = False,
+    load_8bit: options.Load8Bit = False,
+    json: options.AsJson = False,
+) -> None:
+    """Fit a direction for each category from prompts alone, and write them as a bank."""
+    check_writable(out_file)
+    settings = _settings(recipe, method, site, layers, position, harmless, multiplier, dose, gate)
+    own = read_prompt_files(prompts or [], category)
+    loaded = options.load(model, dtype, device, device_map, revision, trust_remote_code, load_4bit, load_8bit)
+    from safesteer.vectors import fit as fit_bank
+
+    began = time.perf_counter()
+    with progress_bar("Reading prompts") as update:
+        bank = fit_bank(loaded, category, own, settings, progress=update)
+    bank.save(out_file)
+    seconds = time.perf_counter() - began
+    if json:
+        print_json({"bank": str(out_file), "seconds": round(seconds, 2), **summary(bank)})
+        return
+    out.print(category_table(bank))
+    note(f"Wrote {out_file} in {seconds:.0f} s. Try: safesteer generate {out_file} --prompt '...' --compare")
+
+
+def summary(bank: VectorBank) -> dict[str, Any]:
+    """Plain data about a bank, for `fit --json` and `inspect --json`."""
+    return {
+        "categories": {
+            name: {
+                "dose": round(bank.dose(name), 5),
+                "acting_layers": list(bank.acting_layers(name)),
+                "relative_norm": round(relative_norm(bank, name), 5),
+                **bank.provenance.get("prompts", {}).get(name, {}),
+            }
+            for name in bank.categories
+        },
+        "layers": list(bank.layers),
+        "site": bank.site,
+        "strength_ceiling": bank.strength_ceiling,
+        "gate": None if bank.gate is None else {"layers": list(bank.gate.layers), **bank.gate.quality},
+        "provenance": {key: value for key, value in bank.provenance.items() if key != "prompts"},
+    }
+
+
+def relative_norm(bank: VectorBank, category: str) -> float:
+    """Mean of ||w|| / ||h|| over the layers where a category acts: how large the raw vector is (m = 1)."""
+    row = bank.index(category)
+    slots = [bank.layers.index(layer) for layer in bank.acting_layers(category)] or list(range(len(bank.layers)))
+    return float((bank.directions[row, slots].norm(dim=-1) / bank.residual_norms[slots]).mean())
+
+
+def category_table(bank: VectorBank) -> Table:
+    """Category, prompts, harmless side, layers, dose."""
+    table = Table("category", "prompts", "against", "layers", "dose", "||w||/||h||", box=None, pad_edge=False)
+    for name in bank.categories:
+        data = bank.provenance.get("prompts", {}).get(name, {})
+        acting = bank.acting_layers(name)
+        span = f"{acting[0]}-{acting[-1]}" if len(acting) > 1 else str(acting[0])
+        table.add_row(
+            name, str(data.get("count", "?")), str(data.get("harmless", "?")), span, f"{bank.dose(name):.3f}",
+            f"{relative_norm(bank, name):.3f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,158 @@
+"""`safesteer generate`: prompts in, steered responses out."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from safesteer.cli import options
+from safesteer.cli.console import counted, note, out, progress_bar
+from safesteer.errors import PolicyError, PromptFileError, SafeSteerError
+from safesteer.files import check_writable, write_text
+
+if TYPE_CHECKING:
+    from safesteer.engines import GenerationSettings, Request
+    from safesteer.models import LoadedModel
+    from safesteer.policy import Policy
+    from safesteer.vectors import VectorBank
+
+
+def _read_requests(path: Path, bank: VectorBank, default: Policy) -> list[tuple[Request, dict[str, Any]]]:
+    """Requests of a file, each with its own policy where the row names one (`off`, `default`, or a mapping)."""
+    from safesteer.engines import Request
+    from safesteer.policy import Policy
+    from safesteer.prompts.reading import prompt_from_row, rows_of_file
+
+    requests = []
+    for where, row in rows_of_file(path):
+        prompt = prompt_from_row(row, where)
+        policy = default
+        if isinstance(row, dict) and row.get("policy") is not None:
+            given = row["policy"]
+            if given == "off":
+                policy = Policy.off()
+            elif given == "default":
+                policy = Policy.default(bank)
+            else:
+                policy = Policy.parse(given, where)
+            try:
+                policy = policy.resolved(bank)
+            except SafeSteerError as error:
+                raise PolicyError(f"{where}: {error}") from None
+        extra = {"id": prompt.identifier} if prompt.identifier else {}
+        requests.append((Request(prompt.text, policy), extra))
+    if not requests:
+        raise PromptFileError(f"{path}: holds no prompt")
+    return requests
+
+
+def respond(
+    loaded: LoadedModel,
+    bank: VectorBank,
+    requests: Sequence[Request],
+    settings: GenerationSettings,
+    compare: bool,
+    force: bool = False,
+) -> list[dict[str, Any]]:
+    """One row a request: prompt, response, `unsteered` if `compare`, and `steering`; under a progress bar."""
+    from safesteer.engines import generate as generate_texts
+    from safesteer.policy import Policy
+
+    total = len(requests) * (2 if compare else 1)
+    with progress_bar("Generating") as update:
+        tick = counted(update, total)
+        steered = generate_texts(loaded, bank, requests, settings, force=force, progress=tick)
+        rows = [
+            {"prompt": request.prompt, "response": response.text, "steering": response.steering}
+            for request, response in zip(requests, steered, strict=True)
+        ]
+        if compare:
+            plain = [replace(request, policy=Policy.off()) for request in requests]
+            before = generate_texts(loaded, bank, plain, settings, force=force, progress=tick)
+            for row, response in zip(rows, before, strict=True):
+                row["unsteered"] = response.text
+    return rows
+
+
+def acting_text(steering: dict[str, Any]) -> str:
+    """`hate 1.00, privacy 0.50` or `nothing (risk 0.12)`: what acted, for people."""
+    acting = ", ".join(f"{one['category']} {one['strength']:.2f}" for one in steering["acting"])
+    reading = steering.get("reading")
+    risk = f" (risk read: {reading['risk']:.2f})" if reading else ""
+    return (acting or "nothing") + risk
+
+
+def generate(
+    bank: options.BankArgument,
+    prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts (.jsonl, .csv); a row may carry its own policy.")
+    ] = None,
+    policy: options.PolicyFile = None,
+    steer: options.Steer = None,
+    gate: options.GateOption = "always",
+    tokens: options.TokensOption = "all",
+    compare: Annotated[bool, typer.Option("--compare", help="Also show what the unsteered model says.")] = False,
+    out_file: Annotated[Path | None, typer.Option("--out", help="Write the rows to this JSONL file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for temperature above 0.")] = 0,
+    batch_size: Annotated[str, typer.Option(help="auto, or rows a batch.")] = "auto",
+    model: options.ModelOption = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    load_4bit: options.Load4Bit = False,
+    load_8bit: options.Load8Bit = False,
+    force: options.Force = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")] = False,
+) -> None:
+    """Generate steered responses. Without --policy and --steer the bank's own default policy acts."""
+    from safesteer.engines import GenerationSettings, Request
+    from safesteer.vectors import VectorBank
+
+    if (prompt is None) == (prompts is None):
+        raise SafeSteerError("give either --prompt or --prompts")
+    if prompt is not None and not prompt.strip():
+        raise SafeSteerError("the prompt is empty; give --prompt some text")
+    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size) > 0):
+        raise SafeSteerError(f"--batch-size {batch_size!r} is neither auto nor a number above 0")
+    if out_file is not None:
+        check_writable(out_file)
+    opened = VectorBank.load(bank)
+    chosen = options.chosen_policy(opened, policy, steer, gate, tokens)
+    if prompts is not None:
+        requests, extras = map(list, zip(*_read_requests(prompts, opened, chosen), strict=True))
+    else:
+        requests, extras = [Request(str(prompt), chosen)], [{}]
+    loaded = options.load_for(
+        opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
+        trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
+    )  # fmt: skip
+    size = None if batch_size == "auto" else int(batch_size)
+    settings = GenerationSettings(max_new_tokens, temperature, seed, size)
+    rows = [
+        {**extra, **row}
+        for extra, row in zip(extras, respond(loaded, opened, requests, settings, compare, force), strict=True)
+    ]
+    lines = "".join(json_module.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if out_file is not None:
+        write_text(out_file, lines)
+        note(f"Wrote {len(rows)} rows to {out_file}")
+    if json:
+        out.file.write(lines)
+    elif out_file is None:
+        for row in rows:
+            out.print(f"[bold]{escape(str(row['prompt']))}[/bold]")
+            if compare:
+                out.print(f"[dim]unsteered[/dim]  {escape(row['unsteered'])}")
+            out.print(f"[dim]steered[/dim]    {escape(row['response'])}")
+            out.print(f"[dim]acted: {escape(acting_text(row['steering']))}[/dim]\n")

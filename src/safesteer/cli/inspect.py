@@ -1,0 +1,56 @@
+"""`safesteer inspect`: what a bank holds and where it came from."""
+
+from __future__ import annotations
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from safesteer.cli import options
+from safesteer.cli.console import out, print_json
+from safesteer.cli.fit import category_table, summary
+from safesteer.vectors import VectorBank
+
+
+def cosines(bank: VectorBank) -> torch.Tensor:
+    """Cosine between category directions, averaged over the layers where the first category acts: `[categories, categories]`."""
+    slots = [bank.layers.index(layer) for layer in bank.acting_layers(bank.categories[0])] or [len(bank.layers) // 2]
+    unit = torch.nn.functional.normalize(bank.directions[:, slots], dim=-1)
+    return torch.einsum("alw,blw->ab", unit, unit) / len(slots)
+
+
+def inspect(bank: options.BankArgument, json: options.AsJson = False) -> None:
+    """Show a bank: categories, doses, how alike the directions are, the gate's quality, and where it all came from."""
+    opened = VectorBank.load(bank)
+    matrix = cosines(opened)
+    if json:
+        print_json({**summary(opened), "cosines": [[round(v, 4) for v in row] for row in matrix.tolist()]})
+        return
+    data = opened.provenance
+    versions = ", ".join(f"{k} {v}" for k, v in data.get("versions", {}).items())
+    out.print(f"{bank}: {len(opened.categories)} categories for {data.get('model')} ({opened.model.architecture})")
+    out.print(
+        f"{data.get('method')} at the {opened.site} site, {data.get('position')} position, recipe {data.get('recipe')}; "
+        f"layers {opened.layers[0]}-{opened.layers[-1]} of {opened.model.layers}; made {data.get('created')} with {versions}\n",
+        markup=False,
+    )
+    out.print(category_table(opened))
+    if len(opened.categories) > 1:
+        out.print("\nCosine between directions")
+        table = Table("", *[str(i + 1) for i in range(len(opened.categories))], box=None, pad_edge=False)
+        for i, name in enumerate(opened.categories):
+            cells = [
+                Text(f"{v:.2f}", style="bold" if v >= 0.8 and i != j else "") for j, v in enumerate(matrix[i].tolist())
+            ]
+            table.add_row(f"{i + 1:>2} {name}", *cells)
+        out.print(table)
+    if opened.gate is not None:
+        quality = opened.gate.quality
+        out.print(f"\nGate: reads layers {', '.join(map(str, opened.gate.layers))} (cross-validated on the fit split)")
+        for kind in ("pool", "soundalike", "matched"):
+            if f"auroc_against_{kind}" in quality:
+                out.print(
+                    f"  against {kind:<11} AUROC {quality[f'auroc_against_{kind}']:.3f}, "
+                    f"begins to open for {quality[f'opened_{kind}']:.1%} of them"
+                )
+        out.print(f"  begins to open for {quality['opened_harmful']:.1%} of harmful prompts")

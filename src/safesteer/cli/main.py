@@ -1,0 +1,69 @@
+"""`safesteer`: the verbs. Each lives in a thin file of its own; what they do is in the library."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from safesteer import __version__
+from safesteer.cli import categories, chat, demo, doctor, fit, generate, inspect, prompts
+from safesteer.cli.console import err
+from safesteer.errors import SafeSteerError
+
+app = typer.Typer(
+    name="safesteer",
+    help="Steer an open-weight language model away from chosen risk categories, at inference time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("fit")(fit.fit)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("inspect")(inspect.inspect)
+app.command("categories")(categories.categories)
+app.command("doctor")(doctor.doctor)
+app.add_typer(prompts.app, name="prompts")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"safesteer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line: user errors end in one sentence and status 1, Ctrl-C in status 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(standalone_mode=True)
+    except SafeSteerError as error:
+        err.print("error: ", style="bold red", end="")
+        err.print(str(error), markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of a pipe went away; keep the interpreter from complaining again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

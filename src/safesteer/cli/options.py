@@ -1,0 +1,115 @@
+"""Options that several commands share, and how a model is loaded from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safesteer.cli.console import working
+from safesteer.errors import PolicyError, SafeSteerError
+
+if TYPE_CHECKING:
+    from safesteer.models import LoadedModel
+    from safesteer.policy import Policy
+    from safesteer.vectors import VectorBank
+
+MODELS = "Model"
+ModelArgument = Annotated[str, typer.Argument(help="embedded, a local folder, or a hub id.")]
+BankArgument = Annotated[Path, typer.Argument(help="A bank made by `safesteer fit`.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Model to steer, if not the one named in the bank.", rich_help_panel=MODELS),
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=MODELS)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...", rich_help_panel=MODELS)]
+DeviceMap = Annotated[str | None, typer.Option(help="auto, to spread a model over devices.", rich_help_panel=MODELS)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=MODELS)]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that the model's repository ships.", rich_help_panel=MODELS),
+]
+Load4Bit = Annotated[bool, typer.Option("--4bit", help="Load in 4 bits (needs bitsandbytes).", rich_help_panel=MODELS)]
+Load8Bit = Annotated[bool, typer.Option("--8bit", help="Load in 8 bits (needs bitsandbytes).", rich_help_panel=MODELS)]
+Force = Annotated[
+    bool, typer.Option("--force", help="Apply a bank that was made for another model.", rich_help_panel=MODELS)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A policy file (YAML).")]
+Steer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--steer", help="CATEGORY=STRENGTH, acting on every prompt (add --gate auto to have it gated). Repeatable."
+    ),
+]
+GateOption = Annotated[
+    str, typer.Option("--gate", help="For --steer: `always`, or `auto` to act only where the risk is read.")
+]
+TokensOption = Annotated[str, typer.Option("--tokens", help="For --steer: all, prompt, generated or continuation.")]
+
+
+def load(
+    name: str,
+    dtype: str | None = None,
+    device: str | None = None,
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    load_4bit: bool = False,
+    load_8bit: bool = False,
+) -> LoadedModel:
+    """Load a model under a spinner."""
+    if load_4bit and load_8bit:
+        raise SafeSteerError("give either --4bit or --8bit, not both")
+    with working(f"Loading {name}") as say:
+        from safesteer.models import load_model
+
+        return load_model(
+            name,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            quantization="4bit" if load_4bit else "8bit" if load_8bit else None,
+            progress=say,
+        )
+
+
+def load_for(bank: VectorBank, model: str | None, **options: Any) -> LoadedModel:
+    """Load the model that a bank names, or `model`."""
+    name = model or bank.provenance.get("model")
+    if not name:
+        raise SafeSteerError("the bank does not name its model; give --model")
+    if options.get("revision") is None and model is None:
+        options["revision"] = bank.provenance.get("revision") if name != "embedded" else None
+    return load(name, **options)
+
+
+def parse_steer(items: list[str], gate: str, tokens: str) -> Policy:
+    """`["hate=1.0", "privacy=0.5"]` -> a policy. Raises `PolicyError`."""
+    from safesteer.policy import Policy
+
+    categories: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.rpartition("=")
+        try:
+            strength = float(value) if equals else 1.0
+        except ValueError:
+            raise PolicyError(f"--steer {item}: {value!r} is not a number; write --steer hate=1.0") from None
+        categories[name if equals else item] = {"strength": strength, "gate": gate, "tokens": tokens}
+    return Policy.parse({"name": "steer", "categories": categories}, "--steer")
+
+
+def chosen_policy(bank: VectorBank, policy: Path | None, steer: list[str] | None, gate: str, tokens: str) -> Policy:
+    """The policy that the options name, checked against the bank; the bank's default if they name none."""
+    from safesteer.policy import Policy
+
+    if policy is not None and steer:
+        raise PolicyError("give either --policy or --steer, not both")
+    if policy is not None:
+        return Policy.from_yaml(policy).resolved(bank)
+    if steer:
+        return parse_steer(steer, gate, tokens).resolved(bank)
+    return Policy.default(bank).resolved(bank)
