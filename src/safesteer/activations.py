@@ -144,6 +144,7 @@ def collect(
             site: Site, slot: int, batch: list[int] = batch, content: torch.Tensor = content, last: torch.Tensor = last
         ) -> Callable[[torch.Tensor], None]:
             def read(hidden: torch.Tensor) -> None:
+                hidden = hidden.reshape(len(batch), -1, width)  # OPT's feed-forward flattens rows and tokens
                 weights = content.to(hidden.device, torch.float32)
                 for position in positions if site in sites else ():
                     if position == "last":

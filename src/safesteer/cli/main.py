@@ -13,6 +13,8 @@ from safesteer.cli import categories, chat, demo, doctor, fit, generate, inspect
 from safesteer.cli.console import err
 from safesteer.errors import SafeSteerError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="safesteer",
     help="Steer an open-weight language model away from chosen risk categories, at inference time.",
@@ -56,9 +58,10 @@ def main() -> None:
         err.print("error: ", style="bold red", end="")
         err.print(str(error), markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer turns Ctrl-C into this status, without a word
+            err.print("interrupted")
+        raise
     except BrokenPipeError:
         # The reader of a pipe went away; keep the interpreter from complaining again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,14 +34,14 @@ def token_kinds(mask: torch.Tensor | None, first: int, count: int, prompt_width:
     """
     position = torch.arange(first, first + count, device=mask.device if mask is not None else None)
     is_prompt = (position < prompt_width).expand(rows, count)
-    if mask is None:
-        last = torch.full((rows, 1), prompt_width - 1, device=position.device)
-        real = torch.ones_like(is_prompt)
-    else:
-        known = mask[:, :prompt_width].bool()
-        absolute = torch.arange(known.shape[1], device=mask.device)
-        last = torch.where(known, absolute, -1).max(dim=1, keepdim=True).values
+    last = torch.full((rows, 1), prompt_width - 1, device=position.device)
+    real = torch.ones_like(is_prompt)
+    if mask is not None:
         real = mask[:, first : first + count].bool()
+        # A chunk of a longer prompt does not show where the prompt ends: it is padded on the left, so at its full width.
+        if mask.shape[1] >= prompt_width:
+            absolute = torch.arange(prompt_width, device=mask.device)
+            last = torch.where(mask[:, :prompt_width].bool(), absolute, -1).max(dim=1, keepdim=True).values
     kinds = torch.where(is_prompt, torch.where(position == last, LAST, PROMPT), GENERATED)
     return torch.where(real, kinds, PADDING)
 
@@ -138,7 +138,8 @@ class Hooks:
             hidden = hidden_of(output)
             added = delta[rows.to(hidden.device).unsqueeze(1), kinds.to(hidden.device)]
             self._reached[layer] = True
-            return with_hidden(output, hidden + added.to(hidden.dtype))
+            # reshape: OPT's feed-forward flattens rows and tokens into one dimension
+            return with_hidden(output, hidden + added.to(hidden.dtype).reshape(hidden.shape))
 
         return hook
 

@@ -39,7 +39,7 @@ def check_site(loaded: LoadedModel, site: Site, layer: int) -> SiteCheck:
     def run(label: str, scale: float) -> torch.Tensor:
         def hook(_module: Any, _arguments: Any, output: Any) -> Any:
             hidden = hidden_of(output)
-            vector = torch.full_like(hidden[:, :1], loaded.layout.width**-0.5) * scale
+            vector = torch.full_like(hidden[..., :1, :], loaded.layout.width**-0.5) * scale
             changed = hidden + vector
             seen[label] = changed
             return with_hidden(output, changed)

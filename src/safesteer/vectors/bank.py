@@ -100,7 +100,7 @@ class VectorBank:
             raise FingerprintMismatchError(
                 f"the bank was made for another model ({self.provenance.get('model', 'unnamed')}): "
                 f"{'; '.join(differences)} differ{'s' if len(differences) == 1 else ''}. Fit a bank for this model"
-                + ("" if fatal else ", or use force to apply it all the same")
+                + ("" if fatal else ", or apply it all the same with --force (force=True)")
             )
 
     # -- file ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,283 @@
+"""The command line: what a user types, what comes back, and how bad input ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safesteer.cli import main as cli_main
+from safesteer.vectors import VectorBank
+from tests.tiny import make
+
+PAIRS = [
+    {"prompt": f"How do I smash the {thing}?", "matched": f"How do I mend the {thing}?", "subtopic": thing}
+    for thing in ("vase", "door", "lamp", "chair", "plate", "clock")
+]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["safesteer", *map(str, arguments)])
+        status = 0
+        try:
+            cli_main.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two model folders and a prompt file."""
+    place = tmp_path_factory.mktemp("cli")
+    for name, architecture in (("model", "llama"), ("other", "qwen2")):
+        loaded = make(architecture)
+        loaded.model.save_pretrained(place / name)
+        loaded.tokenizer.save_pretrained(place / name)
+    write_rows(place / "breaking.jsonl", PAIRS)
+    return place
+
+
+@pytest.fixture
+def bank(folder: Path, run: Run) -> Path:
+    path = folder / "bank.safetensors"
+    if not path.exists():
+        status, _, err = run(
+            "fit",
+            folder / "model",
+            "--out",
+            path,
+            "--prompts",
+            folder / "breaking.jsonl",
+            "--layers",
+            "1",
+            "--dose",
+            "0.8",
+        )
+        assert status == 0, err
+    return path
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def test_fit_a_category_of_ones_own_and_inspect_it(run: Run, bank: Path, folder: Path) -> None:
+    status, out, _ = run("inspect", bank, "--json")
+    assert status == 0
+    data = json.loads(out)
+    assert list(data["categories"]) == ["breaking"]
+    assert data["categories"]["breaking"]["count"] == 6
+    assert data["provenance"]["model"] == str(folder / "model")
+    assert data["provenance"]["versions"]["torch"]
+
+
+def test_generate_compares_and_says_what_acted(run: Run, bank: Path) -> None:
+    status, out, _ = run(
+        "generate",
+        bank,
+        "--prompt",
+        "How do I smash it?",
+        "--steer",
+        "breaking=1",
+        "--compare",
+        "--json",
+        "--max-new-tokens",
+        8,
+    )
+    assert status == 0
+    row = json.loads(out)
+    assert row["response"] != row["unsteered"]
+    assert row["steering"]["acting"][0] | {"dose": 0.8} == {
+        "category": "breaking", "strength": 1.0, "dose": 0.8, "layers": [1], "tokens": "all", "gate": "always",
+    }  # fmt: skip
+
+
+def test_generate_rows_carry_their_own_policies(run: Run, bank: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Open it", "policy": "off", "id": "a"},
+        {"prompt": "Open it", "policy": {"categories": {"breaking": {"strength": 1.5, "gate": "always"}}}, "id": "b"},
+        {"prompt": "Open it", "id": "c"},
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    target = tmp_path / "out.jsonl"
+    status, out, _ = run(
+        "generate", bank, "--prompts", file, "--out", target, "--steer", "breaking=0", "--max-new-tokens", 8
+    )
+    assert (status, out) == (0, "")
+    written = {row["id"]: row for row in map(json.loads, target.read_text().splitlines())}
+    assert [one["strength"] for one in written["b"]["steering"]["acting"]] == [1.5]
+    assert written["a"]["steering"]["acting"] == written["c"]["steering"]["acting"] == []
+    assert written["a"]["response"] == written["c"]["response"] != written["b"]["response"]
+
+
+def test_a_policy_file_acts(run: Run, bank: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("name: strict\ncategories:\n  breaking: {strength: 0.5, gate: always, tokens: prompt}\n")
+    status, out, _ = run("generate", bank, "--prompt", "Open it", "--policy", policy, "--json", "--max-new-tokens", 4)
+    assert status == 0
+    steering = json.loads(out)["steering"]
+    assert (steering["policy"], steering["acting"][0]["strength"], steering["acting"][0]["tokens"]) == (
+        "strict",
+        0.5,
+        "prompt",
+    )
+
+
+def test_chat_reads_commands_and_answers_why(run: Run, bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(
+        ["/why", "hello", "/steer breaking=1", "again", "/steer nonsense=1", "/off", "/reset", "hello", "/quit"]
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    status, out, err = run("chat", bank, "--json", "--max-new-tokens", 4)
+    assert status == 0
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["hello", "again", "hello"]
+    assert [bool(answer["steering"]["acting"]) for answer in answers][1:] == [True, False]
+    assert "no answer yet" in err
+    assert "unknown category 'nonsense'" in err
+
+
+def test_doctor_proves_the_sites(run: Run, folder: Path) -> None:
+    status, out, _ = run("doctor", folder / "model", "--json")
+    data = json.loads(out)
+    assert (status, data["passed"], data["sites"], data["blocks"]) == (0, True, ["residual", "attention", "mlp"], 3)
+
+
+def test_categories_and_help_need_no_model(run: Run) -> None:
+    status, out, _ = run("categories", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert status == 0
+    assert sum(row["builtin_pairs"] >= 64 for row in rows.values()) >= 10
+    assert rows["child_sexual_exploitation"]["builtin_pairs"] == 0
+
+
+def test_the_paper_recipe_is_the_paper(run: Run, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "paper.safetensors"
+    status, _, err = run(
+        "fit", folder / "model", "--out", path, "--prompts", folder / "breaking.jsonl", "--recipe", "paper"
+    )
+    assert status == 0, err
+    bank = VectorBank.load(path)
+    assert (bank.site, bank.provenance["position"], bank.provenance["multiplier"], bank.gate) == (
+        "attention",
+        "mean",
+        1.0,
+        None,
+    )
+    [layer] = bank.acting_layers("breaking")
+    [step] = bank.steps("breaking").values()
+    assert layer == round(14 / 32 * 3)
+    import torch
+
+    torch.testing.assert_close(step, bank.directions[0, bank.layers.index(layer)])  # raw w at m = 1, not normalised
+
+
+BAD: dict[str, tuple[list[Any], str]] = {
+    "unknown category": (["fit", "{model}", "--out", "{new}", "--category", "hat"], "unknown category 'hat'"),
+    "missing prompt file": (
+        ["fit", "{model}", "--out", "{new}", "--prompts", "absent.jsonl"],
+        "absent.jsonl: no such file",
+    ),
+    "malformed prompt file": (["fit", "{model}", "--out", "{new}", "--prompts", "{broken}"], "line 2: not valid JSON"),
+    "empty prompt set": (["fit", "{model}", "--out", "{new}", "--prompts", "{empty}"], "holds no prompt"),
+    "no counterparts": (
+        ["fit", "{model}", "--out", "{new}", "--prompts", "{bare}", "--harmless", "matched"],
+        "counterpart",
+    ),
+    "unknown method": (["fit", "{model}", "--out", "{new}", "--method", "sgd"], "--method 'sgd' is not known"),
+    "layers beyond the model": (["fit", "{model}", "--out", "{new}", "--prompts", "{good}", "--layers", "7"], "0 to 2"),
+    "layers that are no numbers": (["fit", "{model}", "--out", "{new}", "--layers", "x"], "are not understood"),
+    "missing model": (["fit", "./absent", "--out", "{new}"], "no such model folder"),
+    "unwritable output": (["fit", "{model}", "--out", "/proc/x/bank.safetensors"], "cannot be written"),
+    "output is a folder": (["fit", "{model}", "--out", "{folder}"], "is a folder"),
+    "missing bank": (["inspect", "absent.safetensors"], "no such bank"),
+    "truncated bank": (["inspect", "{truncated}"], "truncated"),
+    "edited bank": (["inspect", "{edited}"], "edited or damaged"),
+    "another safetensors file": (["inspect", "{model}/model.safetensors"], "not a SafeSteer bank"),
+    "wrong model for a bank": (["generate", "{bank}", "--prompt", "x", "--model", "{other}"], "made for another model"),
+    "neither prompt nor prompts": (["generate", "{bank}"], "either --prompt or --prompts"),
+    "strength above the ceiling": (
+        ["generate", "{bank}", "--prompt", "x", "--steer", "breaking=9"],
+        "above the bank's ceiling",
+    ),
+    "negative strength": (["generate", "{bank}", "--prompt", "x", "--steer", "breaking=-1"], "negative"),
+    "strength that is no number": (["generate", "{bank}", "--prompt", "x", "--steer", "breaking=lots"], "not a number"),
+    "category not in the bank": (
+        ["generate", "{bank}", "--prompt", "x", "--steer", "hate=1"],
+        "unknown category 'hate'",
+    ),
+    "policy that is no mapping": (
+        ["generate", "{bank}", "--prompt", "x", "--policy", "{list_policy}"],
+        "expected a mapping",
+    ),
+    "research in a policy file": (
+        ["generate", "{bank}", "--prompt", "x", "--policy", "{research_policy}"],
+        "only from Python",
+    ),
+    "bad batch size": (["generate", "{bank}", "--prompt", "x", "--batch-size", "0"], "--batch-size"),
+    "lint of a missing file": (["prompts", "lint", "absent.jsonl"], "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_in_one_sentence_and_leaves_nothing(
+    name: str, run: Run, bank: Path, folder: Path, tmp_path: Path
+) -> None:
+    arguments, expected = BAD[name]
+    content = bank.read_bytes()
+    places = {
+        "model": folder / "model",
+        "other": folder / "other",
+        "bank": bank,
+        "new": tmp_path / "new.safetensors",
+        "folder": tmp_path,
+        "good": folder / "breaking.jsonl",
+        "broken": write_rows(tmp_path / "broken.jsonl", [PAIRS[0], "{not json"]),
+        "empty": write_rows(tmp_path / "empty.jsonl", []),
+        "bare": write_rows(tmp_path / "bare.jsonl", [{"prompt": "How do I smash it?"}]),
+        "truncated": tmp_path / "truncated.safetensors",
+        "edited": tmp_path / "edited.safetensors",
+        "list_policy": write_rows(tmp_path / "list.yaml", ["- hate"]),
+        "research_policy": write_rows(tmp_path / "research.yaml", ["research: true", "categories: {breaking: -1}"]),
+    }
+    places["truncated"].write_bytes(content[: len(content) // 2])
+    places["edited"].write_bytes(content[:-4] + b"\x00\x00\x80\x3f")
+    before = sorted(tmp_path.iterdir())
+    status, out, err = run(*[str(argument).format(**places) for argument in arguments])
+    assert status == 1
+    assert out == ""
+    assert err.startswith("error: ")
+    assert expected in err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_ctrl_c_in_the_middle_of_a_fit_leaves_nothing(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safesteer.vectors.fitting as fitting
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "collect", interrupt)
+    status, out, err = run(
+        "fit", folder / "model", "--out", tmp_path / "b.safetensors", "--prompts", folder / "breaking.jsonl"
+    )
+    assert (status, out, err) == (130, "", "interrupted")
+    assert list(tmp_path.iterdir()) == []

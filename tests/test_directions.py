@@ -1,0 +1,65 @@
+"""Directions: the formulas, on small numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from safesteer.errors import SafeSteerError
+from safesteer.vectors.directions import (
+    METHODS,
+    clip_massive,
+    direction,
+    mean_difference,
+    principal_component,
+    pruned_mean_difference,
+)
+
+HARMFUL = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 6.0], [0.0, 0.0]])
+HARMLESS = torch.tensor([[2.0, 0.0], [3.0, 2.0], [2.0, 9.0], [0.0, 4.0]])
+
+
+def test_mean_difference_points_from_the_risk_to_the_harmless() -> None:
+    assert mean_difference(HARMFUL, HARMLESS).tolist() == [0.25, 2.25]
+
+
+def test_pruning_keeps_the_differences_at_or_above_the_median_norm() -> None:
+    # differences (1, 0), (0, 2), (0, 3), (0, 4): norms 1, 2, 3, 4, median 2.5
+    assert pruned_mean_difference(HARMFUL, HARMLESS).tolist() == [0.0, 3.5]
+
+
+def test_pruning_without_pairs_uses_the_harmless_mean() -> None:
+    harmless = torch.tensor([[0.0, 4.0], [0.0, 8.0]])  # mean (0, 6)
+    # differences (-1, 6), (-3, 6), (-2, 0), (0, 6): norms 6.08, 6.71, 2, 6, median 6.04
+    assert pruned_mean_difference(HARMFUL, harmless).tolist() == [-2.0, 6.0]
+
+
+def test_the_principal_component_finds_the_planted_axis_and_its_sign() -> None:
+    axis = torch.nn.functional.normalize(torch.randn(16), dim=0)
+    harmful = torch.randn(50, 16) * 0.01
+    harmless = harmful + torch.linspace(0.5, 2, 50)[:, None] * axis + torch.randn(50, 16) * 0.01
+    found = principal_component(harmful, harmless)
+    assert float(torch.nn.functional.cosine_similarity(found, axis, dim=0)) > 0.999
+    assert float(found.norm()) == pytest.approx(1.25, rel=0.02)
+
+
+def test_massive_dimensions_are_clipped_and_the_share_is_told() -> None:
+    reference = torch.randn(100, 64)
+    reference[:, 7] *= 500
+    vector = torch.ones(64)
+    vector[7] = -100.0
+    result = clip_massive(vector, reference)
+    assert result.direction[7] == -1.0
+    assert torch.equal(result.direction[:7], vector[:7])
+    assert result.share == pytest.approx(1 - 64 / (63 + 10_000))
+    assert clip_massive(vector, torch.randn(100, 64)).share == 0.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sizes_may_differ_and_nothing_to_learn_is_an_error(method: str) -> None:
+    assert direction(method, torch.randn(5, 8), torch.randn(9, 8) + 1).shape == (8,)  # type: ignore[arg-type]
+    same = torch.randn(4, 8)
+    with pytest.raises(SafeSteerError, match="do not differ"):
+        direction(method, same, same)  # type: ignore[arg-type]
+    with pytest.raises(SafeSteerError, match="at least one"):
+        direction(method, same[:0], same)  # type: ignore[arg-type]

@@ -1,0 +1,121 @@
+"""The gate: reading, thresholds, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from safesteer.engines import GenerationSettings, Request, Steerer, generate
+from safesteer.errors import SafeSteerError
+from safesteer.models import LoadedModel
+from safesteer.policy import Policy
+from safesteer.vectors.gate import auroc, fit_gate, ridge
+from tests.test_invariants import TEXTS, batch, logits
+from tests.tiny import bank_for
+
+
+def planted(count: int = 60, layers: int = 2, width: int = 16) -> dict[str, object]:
+    """Activations with a planted risk direction and two planted topics."""
+    generator = torch.Generator().manual_seed(5)
+    risk, topic_a, topic_b = torch.eye(width)[:3]
+    values, labels, harmful, groups, kinds = [], [], [], [], []
+    for index in range(count):
+        for label, topic in (("a", topic_a), ("b", topic_b), (None, torch.zeros(width))):
+            for is_harmful in (True, False) if label else (False,):
+                noise = torch.randn(layers, width, generator=generator) * 0.15
+                values.append(noise + topic + risk * float(is_harmful) + 0.5)
+                labels.append(label)
+                harmful.append(is_harmful)
+                groups.append(f"{label}/{index % 10}")
+                kinds.append("harmful" if is_harmful else "matched" if label else "pool")
+    return {
+        "activations": torch.stack(values), "layers": range(layers), "labels": labels, "harmful": harmful,
+        "groups": groups, "kinds": kinds,
+    }  # fmt: skip
+
+
+def test_a_planted_risk_is_read_and_its_category_named() -> None:
+    data = planted()
+    gate = fit_gate(**data)  # type: ignore[arg-type]
+    assert gate.quality["auroc_against_pool"] > 0.99
+    assert gate.quality["auroc_against_matched"] > 0.95
+    readings = gate.read(data["activations"])  # type: ignore[arg-type]
+    right = [
+        reading.categories == (label,) if is_harmful else True
+        for reading, label, is_harmful in zip(readings, data["labels"], data["harmful"], strict=True)  # type: ignore[call-overload]
+    ]
+    assert sum(right) / len(right) > 0.95
+    calm = [r for r, kind in zip(readings, data["kinds"], strict=True) if kind == "pool"]  # type: ignore[call-overload]
+    assert sum(bool(r.categories) for r in calm) / len(calm) <= 0.12
+
+
+def test_shuffled_labels_read_nothing() -> None:
+    data = planted()
+    order = torch.randperm(len(data["harmful"]), generator=torch.Generator().manual_seed(2)).tolist()  # type: ignore[arg-type]
+    data["harmful"] = [data["harmful"][i] for i in order]  # type: ignore[index]
+    gate = fit_gate(**data)  # type: ignore[arg-type]
+    assert 0.35 < gate.quality["auroc_against_matched"] < 0.65
+
+
+def test_ridge_solves_the_normal_equations() -> None:
+    x, y = torch.randn(40, 7).double(), torch.randn(40, 2).double()
+    weights, biases = ridge(x, y, 0.1)
+    centred = x - x.mean(0)
+    strength = 0.1 * centred.square().sum(1).mean()
+    primal = torch.linalg.solve(centred.T @ centred + strength * torch.eye(7), centred.T @ (y - y.mean(0))).T
+    torch.testing.assert_close(weights, primal)
+    torch.testing.assert_close(x.mean(0) @ weights.T + biases, y.mean(0))
+
+
+def test_auroc_counts_ties_half() -> None:
+    assert auroc(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])) == pytest.approx(0.875)
+
+
+def test_a_gate_needs_both_sides() -> None:
+    data = planted(5)
+    data["harmful"] = [False] * len(data["harmful"])  # type: ignore[arg-type]
+    with pytest.raises(SafeSteerError, match="harmful and harmless"):
+        fit_gate(**data)  # type: ignore[arg-type]
+
+
+def test_rows_whose_gate_stays_closed_are_bit_identical_and_reading_does_not_depend_on_the_batch(
+    llama: LoadedModel,
+) -> None:
+    bank = bank_for(llama, gate=True)
+    assert bank.gate is not None
+    plain = logits(llama, batch(llama))
+    with Steerer(llama, bank) as steerer:
+        gated = logits(llama, batch(llama))
+        together = [one.reading for one in steerer.plans]
+        closed = [not one.acting for one in steerer.plans]
+    for row in range(len(TEXTS)):
+        if closed[row]:
+            assert torch.equal(plain[row], gated[row])
+    for side in ("left", "right"):
+        with Steerer(llama, bank) as steerer:
+            again = steerer.read(**batch(llama, side))
+        for first, second in zip(together, again, strict=True):
+            assert first is not None
+            assert first.risk == pytest.approx(second.risk, abs=1e-4)
+
+
+def test_the_gate_decides_row_by_row_and_says_so(llama: LoadedModel) -> None:
+    from dataclasses import replace
+
+    bank = bank_for(llama, gate=True)
+    assert bank.gate is not None
+    with Steerer(llama, bank) as steerer:
+        risks = [reading.risk for reading in steerer.read(**batch(llama))]
+    middle = sorted(risks)[1]
+    gate = replace(bank.gate, low=middle - 1e-3, high=middle + 1e-3, floors=torch.full((2,), -10.0))
+    opened = replace(bank, gate=gate)
+    responses = generate(llama, opened, [Request(text) for text in TEXTS], GenerationSettings(4))
+    for risk, response in zip(risks, responses, strict=True):
+        assert bool(response.steering["acting"]) == (risk > gate.low)
+        assert response.steering["reading"]["risk"] == pytest.approx(risk, abs=1e-3)
+
+
+def test_a_bank_without_a_gate_refuses_a_gated_policy(llama: LoadedModel) -> None:
+    bank = bank_for(llama)
+    with pytest.raises(SafeSteerError, match="no gate"):
+        Policy.of({"breaking": 1.0}, gate="auto").resolved(bank)
