@@ -13,6 +13,7 @@ from safesteer.vectors.directions import (
     mean_difference,
     principal_component,
     pruned_mean_difference,
+    shrink,
 )
 
 HARMFUL = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 6.0], [0.0, 0.0]])
@@ -53,6 +54,17 @@ def test_massive_dimensions_are_clipped_and_the_share_is_told() -> None:
     assert torch.equal(result.direction[:7], vector[:7])
     assert result.share == pytest.approx(1 - 64 / (63 + 10_000))
     assert clip_massive(vector, torch.randn(100, 64)).share == 0.0
+
+
+def test_shrinking_moves_towards_the_shared_direction_at_equal_norm() -> None:
+    directions = torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    common = torch.tensor([1.0, 1.0, 0.0]) / 2**0.5
+    assert torch.equal(shrink(directions, 0.0), directions)
+    assert torch.equal(shrink(directions[:1], 0.7), directions[:1])
+    torch.testing.assert_close(shrink(directions, 1.0), torch.stack([3 * common, 2 * common]))
+    half = shrink(directions, 0.5)
+    torch.testing.assert_close(half.norm(dim=1), torch.tensor([3.0, 2.0]))
+    torch.testing.assert_close(half[0] / 3, torch.nn.functional.normalize(torch.tensor([1.0, 0, 0]) + common, dim=0))
 
 
 @pytest.mark.parametrize("method", METHODS)

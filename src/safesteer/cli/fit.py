@@ -38,7 +38,7 @@ def read_prompt_files(paths: list[Path], categories: list[str] | None) -> Prompt
 
 def _settings(
     recipe: str, method: str | None, site: str | None, layers: str, position: str | None, harmless: str | None,
-    multiplier: float | None, dose: float | None, gate: bool | None,
+    multiplier: float | None, dose: float | None, shrinkage: float | None, gate: bool | None,
 ) -> FitSettings:  # fmt: skip
     from safesteer.activations import POSITIONS
     from safesteer.models import SITES
@@ -63,6 +63,7 @@ def _settings(
         else read_prompts(harmless, "harmless"),
         multiplier=multiplier,
         dose=dose,
+        shrinkage=shrinkage,
         gate=gate,
     )
 
@@ -86,6 +87,9 @@ def fit(
     recipe: Annotated[str, typer.Option(help="default, or paper for SafeSteer to the letter.")] = "default",
     dose: Annotated[float | None, typer.Option(help="Total relative dose at strength 1.")] = None,
     multiplier: Annotated[float | None, typer.Option(help="The paper's raw m, instead of a dose.")] = None,
+    shrinkage: Annotated[
+        float | None, typer.Option(help="0: each category on its own; 1: one direction for all.")
+    ] = None,
     gate: Annotated[bool | None, typer.Option("--with-gate/--without-gate", help="Whether to fit a gate.")] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -98,7 +102,7 @@ def fit(
 ) -> None:
     """Fit a direction for each category from prompts alone, and write them as a bank."""
     check_writable(out_file)
-    settings = _settings(recipe, method, site, layers, position, harmless, multiplier, dose, gate)
+    settings = _settings(recipe, method, site, layers, position, harmless, multiplier, dose, shrinkage, gate)
     own = read_prompt_files(prompts or [], category)
     loaded = options.load(model, dtype, device, device_map, revision, trust_remote_code, load_4bit, load_8bit)
     from safesteer.vectors import fit as fit_bank

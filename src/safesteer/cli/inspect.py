@@ -37,10 +37,14 @@ def inspect(bank: options.BankArgument, json: options.AsJson = False) -> None:
     out.print(category_table(opened))
     if len(opened.categories) > 1:
         out.print("\nCosine between directions")
-        table = Table("", *[str(i + 1) for i in range(len(opened.categories))], box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
+        for i in range(len(opened.categories)):
+            table.add_column(str(i + 1), justify="right", no_wrap=True)
         for i, name in enumerate(opened.categories):
             cells = [
-                Text(f"{v:.2f}", style="bold" if v >= 0.8 and i != j else "") for j, v in enumerate(matrix[i].tolist())
+                Text("1" if i == j else f"{v:.2f}".removeprefix("0"), style="bold" if v >= 0.8 and i != j else "")
+                for j, v in enumerate(matrix[i].tolist())
             ]
             table.add_row(f"{i + 1:>2} {name}", *cells)
         out.print(table)

@@ -22,7 +22,7 @@ from safesteer.errors import PromptFileError, SafeSteerError
 from safesteer.models import EncodedPrompt, LoadedModel, Site, encode, fingerprint
 from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
 from safesteer.vectors.bank import VectorBank
-from safesteer.vectors.directions import Method, clip_massive, direction
+from safesteer.vectors.directions import Method, clip_massive, direction, shrink
 from safesteer.vectors.gate import Gate, fit_gate
 
 Recipe = Literal["default", "paper"]
@@ -30,9 +30,10 @@ Harmless = Literal["auto", "matched", "builtin"]
 
 # Fractions of the depth, chosen on the tune split of the embedded model (docs/method.md).
 BAND = (0.2, 0.7)  # layers whose directions are kept, so that a policy can choose among them
-ACTING = (0.4, 0.6)  # layers that act by default
+ACTING = (0.3, 0.67)  # layers that act by default
 GATE = (0.3, 0.4, 0.5, 0.6)  # layers that the gate reads
 DOSE = 0.28  # total relative dose over the acting layers
+SHRINKAGE = 0.5  # how far category directions are moved towards the one they share
 PAPER_LAYERS = (14 / 32, 16 / 32, 20 / 32, 25 / 32, 31 / 32)  # the layers the paper tried, of 32; the first acts
 
 
@@ -42,7 +43,8 @@ class FitSettings:
 
     `layers`: 0-based; they are read and they act. `harmless`: `matched` counterparts, the `builtin` pool, `auto` (matched
     where every prompt of a category has a counterpart, else builtin), or a prompt set of your own. `dose`: total relative
-    dose at strength 1. `multiplier`: raw m of the paper, instead of a dose. `gate`: whether to fit one.
+    dose at strength 1. `multiplier`: raw m of the paper, instead of a dose. `shrinkage`: 0 (each category on its own) to 1
+    (one direction for all). `gate`: whether to fit one.
     """
 
     recipe: Recipe = "default"
@@ -53,6 +55,7 @@ class FitSettings:
     harmless: Harmless | PromptSet | None = None
     dose: float | None = None
     multiplier: float | None = None
+    shrinkage: float | None = None
     gate: bool | None = None
 
     def complete(self, depth: int) -> CompleteSettings:
@@ -79,6 +82,7 @@ class FitSettings:
             multiplier=self.multiplier
             if self.multiplier is not None
             else (1.0 if paper and self.dose is None else None),
+            shrinkage=self.shrinkage if self.shrinkage is not None else (0.0 if paper else SHRINKAGE),
             clip=not paper,
             gate=self.gate if self.gate is not None else not paper,
             gate_layers=tuple(sorted({min(depth - 1, math.floor(fraction * depth)) for fraction in GATE})),
@@ -98,6 +102,7 @@ class CompleteSettings:
     harmless: Harmless | PromptSet
     dose: float
     multiplier: float | None
+    shrinkage: float
     clip: bool
     gate: bool
     gate_layers: tuple[int, ...]
@@ -134,6 +139,8 @@ def fit(
     prompts. Raises `SafeSteerError` (or a subclass) with one sentence on what to do.
     """
     chosen = (settings or FitSettings()).complete(loaded.layout.depth)
+    if not 0 <= chosen.shrinkage <= 1:
+        raise SafeSteerError(f"shrinkage {chosen.shrinkage:g} is not within 0 to 1")
     loaded.layout.module(chosen.site, 0)
     sets = _harmful_sets(categories, prompts)
     rows = _rows(sets, chosen)
@@ -233,11 +240,14 @@ def _assemble(
                 if layer in chosen.acting_layers:
                     clipped[name] = max(clipped.get(name, 0.0), round(result.share, 4))
             directions[index, slot] = vector
-            if layer in chosen.acting_layers:
-                if chosen.multiplier is not None:
-                    doses[index, slot] = chosen.multiplier * vector.norm() / norms[slot]
-                else:
-                    doses[index, slot] = chosen.dose / len(chosen.acting_layers)
+    for slot, layer in enumerate(chosen.kept_layers):
+        directions[:, slot] = shrink(directions[:, slot], chosen.shrinkage)
+        if layer not in chosen.acting_layers:
+            continue
+        if chosen.multiplier is not None:
+            doses[:, slot] = chosen.multiplier * directions[:, slot].norm(dim=-1) / norms[slot]
+        else:
+            doses[:, slot] = chosen.dose / len(chosen.acting_layers)
     return VectorBank(
         categories=tuple(sets),
         layers=chosen.kept_layers,
@@ -284,6 +294,7 @@ def _provenance(
         "site": chosen.site,
         "acting_layers": list(chosen.acting_layers),
         "multiplier": chosen.multiplier,
+        "shrinkage": chosen.shrinkage,
         "prompts": {
             name: {
                 "source": prompts.name,

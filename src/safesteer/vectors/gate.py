@@ -23,11 +23,13 @@ import torch
 from safesteer.errors import SafeSteerError
 
 RIDGE = 0.3  # relative to the mean diagonal of the kernel
+# What each kind of prompt counts for in the regression, however many there are (chosen on the tune split).
+KIND_WEIGHTS = {"harmful": 2.0, "pool": 2.0, "soundalike": 1.0, "matched": 1.0}
 FOLDS = 5
-SECOND = 0.6
-FLOOR_MISS = 0.1  # share of a category's own harmful prompts that its floor lets go
+SECOND = 0.7
+FLOOR_MISS = 0.05  # share of a category's own harmful prompts that its floor lets go
 FALSE_ALARM_LOW = 0.10
-FALSE_ALARM_HIGH = 0.02
+FALSE_ALARM_HIGH = 0.05
 
 
 @dataclass(frozen=True)
@@ -85,25 +87,34 @@ def features(activations: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(activations.float(), dim=-1).flatten(1)
 
 
-def ridge(x: torch.Tensor, y: torch.Tensor, relative: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor]:
+def ridge(
+    x: torch.Tensor, y: torch.Tensor, relative: float = RIDGE, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ridge regression in its dual form: weights `[outputs, inputs]`, biases `[outputs]` for x `[n, inputs]`, y `[n, outputs]`.
 
-    W = (Y - mean Y)^T (K + lambda I)^-1 (X - mean X), K the centred kernel, lambda = relative * mean(diag K).
+    With row weights s (mean 1; all 1 if None) and weighted means, X and Y centred and scaled by sqrt(s):
+    W = Y^T (K + lambda I)^-1 X, K = X X^T, lambda = relative * mean(diag K).
     """
     x, y = x.double(), y.double()
-    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
-    centred = x - x_mean
+    scale = torch.ones(len(x), 1).double() if weights is None else (weights / weights.mean()).double().unsqueeze(1)
+    x_mean, y_mean = (scale * x).mean(dim=0), (scale * y).mean(dim=0)
+    centred, targets = (x - x_mean) * scale.sqrt(), (y - y_mean) * scale.sqrt()
     kernel = centred @ centred.T
-    strength = relative * kernel.diagonal().mean().clamp_min(1e-12)
-    kernel.diagonal().add_(strength)
-    weights = torch.linalg.solve(kernel, y - y_mean).T @ centred
-    return weights, y_mean - weights @ x_mean
+    kernel.diagonal().add_(relative * kernel.diagonal().mean().clamp_min(1e-12))
+    solution = torch.linalg.solve(kernel, targets).T @ centred
+    return solution, y_mean - solution @ x_mean
 
 
 def auroc(positive: torch.Tensor, negative: torch.Tensor) -> float:
     """Probability that a positive scores above a negative, ties counted half."""
     both = positive[:, None] - negative[None, :]
     return float(((both > 0).double() + 0.5 * (both == 0).double()).mean())
+
+
+def _row_weights(kinds: Sequence[str]) -> torch.Tensor:
+    """A weight a row, so that each kind counts as `KIND_WEIGHTS` says however many prompts it has."""
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    return torch.tensor([KIND_WEIGHTS.get(kind, 1.0) / counts[kind] for kind in kinds])
 
 
 def fit_gate(
@@ -135,11 +146,12 @@ def fit_gate(
     names = sorted(set(groups))
     fold_of = {name: index % FOLDS for index, name in enumerate(names)}
     folds = torch.tensor([fold_of[name] for name in groups])
+    row_weights = _row_weights(kinds)
     held_out = torch.zeros_like(targets)
     for fold in range(FOLDS):
         test = folds == fold
         if bool(test.any()) and not bool(test.all()):
-            weights, biases = ridge(x[~test], targets[~test])
+            weights, biases = ridge(x[~test], targets[~test], weights=row_weights[~test])
             held_out[test] = x[test] @ weights.T + biases
     risk = held_out[:, 0]
     kind = list(kinds)
@@ -159,5 +171,5 @@ def fit_gate(
             quality[f"auroc_against_{k}"] = round(auroc(risk[is_harmful], risk[rows]), 4)
             quality[f"opened_{k}"] = round(float((risk[rows] > low).double().mean()), 4)
     quality["opened_harmful"] = round(float((risk[is_harmful] > low).double().mean()), 4)
-    weights, biases = ridge(x, targets)
+    weights, biases = ridge(x, targets, weights=row_weights)
     return Gate(tuple(layers), categories, weights.float(), biases.float(), torch.tensor(floors), low, high, quality)
