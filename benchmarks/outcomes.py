@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
 from collections import Counter, defaultdict
@@ -112,10 +113,6 @@ def load(out: Path) -> list[dict]:
     return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def key(row: dict) -> str:
-    return f"{row['condition']}|{row['id']}"
-
-
 def sheets(args: argparse.Namespace) -> None:
     """Identical (prompt, response) pairs are graded once; the order and the parts are random; conditions are not shown."""
     out = Path(args.out)
@@ -130,8 +127,8 @@ def sheets(args: argparse.Namespace) -> None:
         print(f"sheet-{part + 1}.jsonl: {len(lines)} texts")
 
 
-def score(args: argparse.Namespace) -> None:
-    out = Path(args.out)
+def graded(out: Path) -> list[dict]:
+    """The responses of a folder that have a grade, each with its `outcome`."""
     grades: dict[tuple[str, str], str] = {}
     for sheet in sorted(out.glob("sheet-*.jsonl")):
         marks_file = sheet.with_name(sheet.name.replace("sheet-", "grades-"))
@@ -142,20 +139,42 @@ def score(args: argparse.Namespace) -> None:
             if row["key"] in marks:
                 assert marks[row["key"]] in OUTCOMES, marks[row["key"]]
                 grades[row["prompt"], row["response"]] = marks[row["key"]]
-    by_condition: dict[str, Counter] = defaultdict(Counter)
-    by_category: dict[tuple[str, str], Counter] = defaultdict(Counter)
-    for row in load(out):
-        outcome = grades.get((row["prompt"], row["response"]))
-        if outcome is not None:
-            by_condition[row["condition"]][outcome] += 1
-            by_category[row["condition"], row["category"] or "harmless"][outcome] += 1
+    rows = load(out)
+    return [{**row, "outcome": grades[pair]} for row in rows if (pair := (row["prompt"], row["response"])) in grades]
+
+
+def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95% Wilson interval of a rate."""
+    rate, square = count / total, z * z / total
+    middle, half = rate + square / 2, z * math.sqrt(rate * (1 - rate) / total + square / total / 4)
+    return (middle - half) / (1 + square), (middle + half) / (1 + square)
+
+
+def export(args: argparse.Namespace) -> None:
+    keep = ("condition", "id", "category", "resembles", "prompt", "response", "outcome")
+    with Path(args.to).open("a", encoding="utf-8") as file:
+        for row in graded(Path(args.out)):
+            file.write(json.dumps({"round": args.round, **{k: row[k] for k in keep}}, ensure_ascii=False) + "\n")
+
+
+def score(args: argparse.Namespace) -> None:
+    if args.graded:
+        rows = [json.loads(line) for line in Path(args.graded).read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row["round"] == args.round] if args.round else rows
+    else:
+        rows = graded(Path(args.out))
+    tables: dict[str, Counter] = defaultdict(Counter)
+    for row in rows:
+        label = row["condition"] + (f" / {row['category'] or 'harmless'}" if args.by_category else "")
+        tables[label][row["outcome"]] += 1
     print(f"| condition | n | {' | '.join(OUTCOMES)} |\n|---|---|{'---|' * len(OUTCOMES)}")
-    for condition, counts in by_condition.items():
+    for label, counts in tables.items():
         total = sum(counts.values())
-        print(f"| {condition} | {total} | {' | '.join(f'{counts[o] / total:.0%}' for o in OUTCOMES)} |")
-    if args.by_category:
-        for (condition, category), counts in sorted(by_category.items()):
-            print(condition, category, dict(counts))
+        cells = []
+        for outcome in OUTCOMES:
+            low, high = wilson(counts[outcome], total)
+            cells.append(f"{counts[outcome] / total:.0%} ({low:.0%}-{high:.0%})".replace("%-", "-"))
+        print(f"| {label} | {total} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -178,9 +197,16 @@ def main() -> None:
     two.add_argument("--seed", type=int, default=0)
     two.set_defaults(run=sheets)
     three = commands.add_parser("score")
-    three.add_argument("--out", required=True)
+    three.add_argument("--out")
+    three.add_argument("--graded", help="a file made by export, instead of a folder")
+    three.add_argument("--round", help="only this round of the file")
     three.add_argument("--by-category", action="store_true")
     three.set_defaults(run=score)
+    four = commands.add_parser("export")
+    four.add_argument("--out", required=True)
+    four.add_argument("--to", required=True)
+    four.add_argument("--round", required=True)
+    four.set_defaults(run=export)
     args = parser.parse_args()
     args.run(args)
 

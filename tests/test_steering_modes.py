@@ -112,9 +112,12 @@ def test_a_cache_filled_before_steering_began_is_refused(llama: LoadedModel) -> 
     inputs = batch(llama)
     cache = llama.model(**inputs, use_cache=True).past_key_values
     with Steerer(llama, bank, HATE) as steerer:
-        steerer._prepare(None, None)
         with pytest.raises(SteeringError, match="before steering began"):
             llama.model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+        with pytest.raises(SteeringError, match="filled KV cache"):
+            llama.model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+        steerer.assign(OFF)
+        llama.model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
 
 
 def test_inputs_embeds_are_steered_too(llama: LoadedModel) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from safesteer.activations import pad
 from safesteer.engines.transformers import Steerer
+from safesteer.errors import SafeSteerError
 from safesteer.models import Conversation, LoadedModel, encode
 from safesteer.policy import Policy
 from safesteer.vectors import VectorBank
@@ -75,9 +76,10 @@ def generate(
         torch.manual_seed(chosen.seed)
     default = Policy.default(bank) if bank is not None else Policy.off()
     steerer = Steerer(loaded, bank, default, force=force) if bank is not None else None
-    responses: list[Response | None] = [None] * len(requests)
+    responses: dict[int, Response] = {}
     stops = _stop_ids(loaded)
-    for start in range(0, len(order), size):
+    start = 0
+    while start < len(order):
         batch = order[start : start + size]
         ids, mask = pad([encoded[index] for index in batch], pad_id, "left")
         began = time.perf_counter()
@@ -89,15 +91,16 @@ def generate(
             "streamer": streamer,
             **sampling,
         }
-        with torch.inference_mode():
-            if steerer is None:
-                output = loaded.model.generate(**arguments)
-                records = [{"policy": "off", "acting": []}] * len(batch)
-            else:
-                steerer.assign([requests[index].policy or default for index in batch])
-                with steerer:
-                    output = loaded.model.generate(**arguments)
-                records = [one.to_json() for one in steerer.plans]
+        try:
+            output, records = _run(loaded, steerer, [requests[index].policy or default for index in batch], arguments)
+        except torch.cuda.OutOfMemoryError:
+            if chosen.batch_size is not None or size == 1:
+                raise SafeSteerError(
+                    f"the GPU has no memory for {len(batch)} rows at once; use a smaller batch size"
+                ) from None
+            size = max(1, size // 2)
+            continue
+        start += size
         seconds = (time.perf_counter() - began) / len(batch)
         for row, index in enumerate(batch):
             new = output[row, ids.shape[1] :].tolist()
@@ -105,7 +108,20 @@ def generate(
             text = loaded.tokenizer.decode(new[:end], skip_special_tokens=True).strip()
             responses[index] = Response(text, records[row], end, seconds)
         progress(len(batch))
-    return [response for response in responses if response is not None]
+    return [responses[index] for index in range(len(requests))]
+
+
+@torch.inference_mode()
+def _run(
+    loaded: LoadedModel, steerer: Steerer | None, policies: Sequence[Policy], arguments: dict[str, Any]
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """One batch: token ids `[rows, tokens]`, and what acted on each row."""
+    if steerer is None:
+        return loaded.model.generate(**arguments), [{"policy": "off", "acting": []}] * len(policies)
+    steerer.assign(policies)
+    with steerer:
+        output: torch.Tensor = loaded.model.generate(**arguments)
+        return output, [one.to_json() for one in steerer.plans]
 
 
 def _stop_ids(loaded: LoadedModel) -> set[int]:

@@ -47,7 +47,7 @@ class Steerer:
         """What acted on each row of the latest request."""
         self._policies: tuple[Policy, ...] = ()
         self._hooks = Hooks(loaded.layout, bank.site)
-        self._active = False
+        self._begun = False  # whether a request began under the policies in force
         self._inside_generate = False
         self._reading = False
         self._handle: Any = None
@@ -61,6 +61,9 @@ class Steerer:
         if not policies:
             raise SteeringError("the list of policies is empty; give one a row")
         self._policies = tuple(one.resolved(self.bank) for one in policies)
+        self._begun = False
+        self.plans = ()
+        self._hooks.set_deltas({})
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
@@ -114,6 +117,7 @@ class Steerer:
                 readings[index] = reading
         self.plans = tuple(plan(policy, self.bank, reading) for policy, reading in zip(policies, readings, strict=True))
         layers = sorted({layer for one in self.plans for layer in one.deltas})
+        self._begun = True
         nothing = torch.zeros(KINDS, self.loaded.layout.width)
         self._hooks.set_deltas(
             {layer: torch.stack([one.deltas.get(layer, nothing) for one in self.plans]) for layer in layers}
@@ -136,6 +140,10 @@ class Steerer:
             if embeds is not None:
                 width = embeds.shape[1]
             self._prepare(input_ids, keywords.get("attention_mask"))
+            if _filled(keywords.get("past_key_values")) and self._hooks.steers:
+                raise SteeringError(
+                    "generate was given a filled KV cache, whose tokens cannot be steered; pass the prompt alone"
+                )
             self._hooks.begin_request(width)
             self._inside_generate = True
             try:
@@ -152,7 +160,6 @@ class Steerer:
         except BaseException:
             self._restore()
             raise
-        self._active = True
         return self
 
     def __exit__(
@@ -167,17 +174,25 @@ class Steerer:
             self._handle = None
         for name in ("generate", _MARK):
             self.loaded.model.__dict__.pop(name, None)
-        self._active = False
+        self._begun = False
 
     def _before_forward(self, _module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """A forward pass outside `generate` with an empty cache is a new request: read and decide."""
         if self._inside_generate or self._reading:
             return
-        cache = keywords.get("past_key_values")
-        if cache is not None and int(cache.get_seq_length()) > 0:
+        if _filled(keywords.get("past_key_values")):
+            if not self._begun and any(how.strength for one in self._policies for how in one.categories.values()):
+                raise SteeringError(
+                    "the KV cache was filled before steering began; enter the context before the prefill"
+                )
             return
         input_ids = keywords.get("input_ids", arguments[0] if arguments else None)
         mask = keywords.get("attention_mask")
         plain_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         rows_known = input_ids if isinstance(input_ids, torch.Tensor) else None
         self._prepare(rows_known, plain_mask)
+
+
+def _filled(cache: Any) -> bool:
+    """Whether a KV cache holds tokens already."""
+    return cache is not None and int(cache.get_seq_length()) > 0

@@ -108,7 +108,8 @@ def shrink(directions: torch.Tensor, amount: float) -> torch.Tensor:
     norms = directions.norm(dim=-1, keepdim=True)
     unit = directions / norms
     common = torch.nn.functional.normalize(unit.mean(dim=0, keepdim=True), dim=-1)
-    return torch.nn.functional.normalize((1 - amount) * unit + amount * common, dim=-1) * norms
+    mixed: torch.Tensor = torch.nn.functional.normalize((1 - amount) * unit + amount * common, dim=-1) * norms
+    return mixed
 
 
 def direction(method: Method, harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
