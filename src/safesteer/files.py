@@ -17,10 +17,12 @@ from safesteer.errors import SafeSteerError
 
 def check_writable(path: Path) -> None:
     """Raise `SafeSteerError` now, rather than after minutes of work, if `path` cannot be written."""
-    if path.is_dir():
-        raise SafeSteerError(f"{path} is a folder; give the name of a file to write")
     folder = path.parent
     try:
+        if path.is_dir():
+            raise SafeSteerError(f"{path} is a folder; give the name of a file to write")
+        if path.exists() and not path.is_file():
+            raise SafeSteerError(f"{path} is not a regular file; give the name of a file to write")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
     except OSError as error:
@@ -32,12 +34,15 @@ def check_writable(path: Path) -> None:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary path)`, then move the result to `path`; on any exception nothing is left behind."""
     check_writable(path)
+    path = path.resolve()  # a link stays a link; what it points to is replaced
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
     temporary = Path(name)
     try:
         write(temporary)
-        temporary.chmod(0o644)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     except OSError as error:
         raise SafeSteerError(f"{path} cannot be written ({error.strerror}); choose another place") from error

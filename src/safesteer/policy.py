@@ -13,7 +13,7 @@ For one request with reading (o, C) of the bank's gate (opening o, categories re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +28,8 @@ GateMode = Literal["auto", "always"]
 Tokens = Literal["all", "prompt", "generated", "continuation"]
 TOKENS: tuple[Tokens, ...] = get_args(Tokens)
 
+MOST_LAYERS = 10_000  # no model has as many; a typing error should not fill the memory
+
 # kinds of token, as in safesteer.engines.steering: 1 prompt, 2 last prompt token, 3 generated
 KINDS_OF: dict[Tokens, tuple[int, ...]] = {
     "all": (1, 2, 3),
@@ -35,6 +37,17 @@ KINDS_OF: dict[Tokens, tuple[int, ...]] = {
     "generated": (3,),
     "continuation": (2, 3),
 }
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where the standard loader would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class CategoryPolicy(BaseModel):
@@ -134,7 +147,7 @@ class Policy(BaseModel):
         """Read a policy file. Raises `PolicyError` naming the file."""
         try:
             text = Path(path).read_text(encoding="utf-8")
-            data = yaml.safe_load(text)
+            data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
         except OSError as error:
             raise PolicyError(f"{path} cannot be read ({error.strerror})") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -177,6 +190,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
+            if int(last or first) >= MOST_LAYERS:
+                raise ValueError
             layers.extend(range(int(first), int(last) + 1) if dash else [int(first)])
     except ValueError:
         layers = []
@@ -187,7 +202,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Acting:
-    """A category that really acts on a request: `strength` after the gate, the relative `dose` over all its layers."""
+    """A category that really acts on a request.
+
+    `strength` is what the policy and the gate gave it; `dose` the relative dose that was really added over all its layers, after
+    the cap on several categories.
+    """
 
     category: str
     strength: float
@@ -257,8 +276,13 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
             most = longest.setdefault(layer, torch.zeros(4))
             delta[kinds] += strength * step
             most[kinds] = most[kinds].clamp_min(float(abs(strength) * step.norm()))
-    deltas = {}
+    deltas: dict[int, torch.Tensor] = {}
+    caps: dict[int, torch.Tensor] = {}
     for layer, delta in sums.items():
         norms = delta.norm(dim=1)
-        deltas[layer] = delta * torch.where(norms > longest[layer], longest[layer] / norms, 1.0).unsqueeze(1)
+        caps[layer] = torch.where(norms > longest[layer], longest[layer] / norms, 1.0)
+        deltas[layer] = delta * caps[layer].unsqueeze(1)
+    for index, one in enumerate(acting):
+        kept = torch.stack([caps[layer][list(KINDS_OF[one.tokens])].mean() for layer in one.layers]).mean()
+        acting[index] = replace(one, dose=one.dose * float(kept))
     return Plan(policy.name, tuple(acting), deltas, reading)

@@ -33,8 +33,9 @@ def _read_requests(path: Path, bank: VectorBank, default: Policy) -> list[tuple[
     for where, row in rows_of_file(path):
         prompt = prompt_from_row(row, where)
         policy = default
-        if isinstance(row, dict) and row.get("policy") is not None:
-            given = row["policy"]
+        own = {str(key).strip().lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+        given = own.get("policy")
+        if given not in (None, ""):
             if given == "off":
                 policy = Policy.off()
             elif given == "default":
@@ -96,13 +97,13 @@ def generate(
     ] = None,
     policy: options.PolicyFile = None,
     steer: options.Steer = None,
-    gate: options.GateOption = "always",
-    tokens: options.TokensOption = "all",
+    gate: options.GateOption = None,
+    tokens: options.TokensOption = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also show what the unsteered model says.")] = False,
     out_file: Annotated[Path | None, typer.Option("--out", help="Write the rows to this JSONL file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed for temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for temperature above 0.")] = 0,
     batch_size: Annotated[str, typer.Option(help="auto, or rows a batch.")] = "auto",
     model: options.ModelOption = None,
     dtype: options.Dtype = None,

@@ -44,9 +44,11 @@ Steer = Annotated[
     ),
 ]
 GateOption = Annotated[
-    str, typer.Option("--gate", help="For --steer: `always`, or `auto` to act only where the risk is read.")
+    str | None, typer.Option("--gate", help="For --steer: `always`, or `auto` to act only where the risk is read.")
 ]
-TokensOption = Annotated[str, typer.Option("--tokens", help="For --steer: all, prompt, generated or continuation.")]
+TokensOption = Annotated[
+    str | None, typer.Option("--tokens", help="For --steer: all, prompt, generated or continuation.")
+]
 
 
 def load(
@@ -87,7 +89,7 @@ def load_for(bank: VectorBank, model: str | None, **options: Any) -> LoadedModel
     return load(name, **options)
 
 
-def parse_steer(items: list[str], gate: str, tokens: str) -> Policy:
+def parse_steer(items: list[str], gate: str | None, tokens: str | None) -> Policy:
     """`["hate=1.0", "privacy=0.5"]` -> a policy. Raises `PolicyError`."""
     from safesteer.policy import Policy
 
@@ -98,16 +100,23 @@ def parse_steer(items: list[str], gate: str, tokens: str) -> Policy:
             strength = float(value) if equals else 1.0
         except ValueError:
             raise PolicyError(f"--steer {item}: {value!r} is not a number; write --steer hate=1.0") from None
-        categories[name if equals else item] = {"strength": strength, "gate": gate, "tokens": tokens}
+        category = name if equals else item
+        if category in categories:
+            raise PolicyError(f"--steer {category} is given twice; give each category once")
+        categories[category] = {"strength": strength, "gate": gate or "always", "tokens": tokens or "all"}
     return Policy.parse({"name": "steer", "categories": categories}, "--steer")
 
 
-def chosen_policy(bank: VectorBank, policy: Path | None, steer: list[str] | None, gate: str, tokens: str) -> Policy:
+def chosen_policy(
+    bank: VectorBank, policy: Path | None, steer: list[str] | None, gate: str | None, tokens: str | None
+) -> Policy:
     """The policy that the options name, checked against the bank; the bank's default if they name none."""
     from safesteer.policy import Policy
 
     if policy is not None and steer:
         raise PolicyError("give either --policy or --steer, not both")
+    if not steer and (gate is not None or tokens is not None):
+        raise PolicyError("--gate and --tokens belong to --steer; without it, write them in a policy file")
     if policy is not None:
         return Policy.from_yaml(policy).resolved(bank)
     if steer:

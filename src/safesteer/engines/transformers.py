@@ -10,6 +10,7 @@ get exactly what the unsteered model computes; rows whose gates open are steered
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -47,7 +48,9 @@ class Steerer:
         """What acted on each row of the latest request."""
         self._policies: tuple[Policy, ...] = ()
         self._hooks = Hooks(loaded.layout, bank.site)
-        self._begun = False  # whether a request began under the policies in force
+        self._cached: int | None = None  # tokens a KV cache must hold to continue the present request; None: no request
+        self._cache: Any = None  # weak reference to that cache, once it was seen
+        self._own_generate: Any = None  # a `generate` that stood on the model's instance before ours
         self._inside_generate = False
         self._reading = False
         self._handle: Any = None
@@ -61,7 +64,7 @@ class Steerer:
         if not policies:
             raise SteeringError("the list of policies is empty; give one a row")
         self._policies = tuple(one.resolved(self.bank) for one in policies)
-        self._begun = False
+        self._cached = None
         self.plans = ()
         self._hooks.set_deltas({})
 
@@ -117,7 +120,6 @@ class Steerer:
                 readings[index] = reading
         self.plans = tuple(plan(policy, self.bank, reading) for policy, reading in zip(policies, readings, strict=True))
         layers = sorted({layer for one in self.plans for layer in one.deltas})
-        self._begun = True
         nothing = torch.zeros(KINDS, self.loaded.layout.width)
         self._hooks.set_deltas(
             {layer: torch.stack([one.deltas.get(layer, nothing) for one in self.plans]) for layer in layers}
@@ -135,11 +137,14 @@ class Steerer:
 
         def generate(inputs: Any = None, *arguments: Any, **keywords: Any) -> Any:
             input_ids = keywords.get("input_ids", inputs)
+            mask = keywords.get("attention_mask")
+            if mask is None and input_ids is not None:
+                mask = self._inferred_mask(input_ids)
             embeds = keywords.get("inputs_embeds")
             width = input_ids.shape[1] if input_ids is not None else None
             if embeds is not None:
                 width = embeds.shape[1]
-            self._prepare(input_ids, keywords.get("attention_mask"))
+            self._prepare(input_ids, mask)
             if _filled(keywords.get("past_key_values")) and self._hooks.steers:
                 raise SteeringError(
                     "generate was given a filled KV cache, whose tokens cannot be steered; pass the prompt alone"
@@ -150,11 +155,13 @@ class Steerer:
                 return original(inputs, *arguments, **keywords)
             finally:
                 self._inside_generate = False
+                self._cached = None
                 self._hooks.begin_request(None)
 
         try:
             self._handle = self.loaded.layout.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             self._hooks.install()
+            self._own_generate = model.__dict__.get("generate")
             object.__setattr__(model, "generate", generate)
             object.__setattr__(model, _MARK, self)
         except BaseException:
@@ -174,23 +181,52 @@ class Steerer:
             self._handle = None
         for name in ("generate", _MARK):
             self.loaded.model.__dict__.pop(name, None)
-        self._begun = False
+        if self._own_generate is not None:
+            object.__setattr__(self.loaded.model, "generate", self._own_generate)
+            self._own_generate = None
+        self._cached = None
+
+    def _inferred_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """The attention mask that `generate` infers where none is given: padding, unless it is also the end token."""
+        config = self.loaded.model.generation_config
+        pad, ends = config.pad_token_id, config.eos_token_id
+        if pad is None or pad in (ends if isinstance(ends, list) else [ends]) or not bool((input_ids == pad).any()):
+            return None
+        present: torch.Tensor = input_ids != pad
+        return present.long()
 
     def _before_forward(self, _module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """A forward pass outside `generate` with an empty cache is a new request: read and decide."""
+        """A forward pass outside `generate`: with an empty cache a new request, else the next token of the present one."""
         if self._inside_generate or self._reading:
             return
-        if _filled(keywords.get("past_key_values")):
-            if not self._begun and any(how.strength for one in self._policies for how in one.categories.values()):
-                raise SteeringError(
-                    "the KV cache was filled before steering began; enter the context before the prefill"
-                )
-            return
         input_ids = keywords.get("input_ids", arguments[0] if arguments else None)
+        tokens = input_ids if input_ids is not None else keywords.get("inputs_embeds")
+        count = tokens.shape[1] if isinstance(tokens, torch.Tensor) else 0
+        cache = keywords.get("past_key_values")
+        if _filled(cache):
+            self._continue(cache, count)
+            return
         mask = keywords.get("attention_mask")
-        plain_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-        rows_known = input_ids if isinstance(input_ids, torch.Tensor) else None
-        self._prepare(rows_known, plain_mask)
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+            if any(policy.gated for policy in self._policies):
+                raise SteeringError("a gated policy needs a 2-D attention mask to find the end of each prompt")
+            mask = None
+        self._prepare(input_ids if isinstance(input_ids, torch.Tensor) else None, mask)
+        self._cached, self._cache = count, None
+
+    def _continue(self, cache: Any, count: int) -> None:
+        """Check that a pass with a filled cache goes on with the request that was read, one token a row."""
+        if not any(how.strength for policy in self._policies for how in policy.categories.values()):
+            return
+        known = self._cache() if self._cache is not None else cache
+        if self._cached is None or known is not cache or int(cache.get_seq_length()) != self._cached:
+            raise SteeringError("the KV cache was filled before steering began; enter the context before the prefill")
+        if count != 1:
+            raise SteeringError(
+                "several tokens came with a filled KV cache, unread; use generate, or prefill in one pass"
+            )
+        self._cache = weakref.ref(cache)
+        self._cached += count
 
 
 def _filled(cache: Any) -> bool:

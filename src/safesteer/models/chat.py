@@ -35,6 +35,11 @@ def messages_of(conversation: Conversation, system: str | None = None) -> list[M
     messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
     if not messages or messages[-1].get("role") != "user":
         raise SafeSteerError("a conversation must end with a message of the user")
+    for message in messages:
+        try:
+            message["content"].encode("utf-8")
+        except UnicodeEncodeError:
+            raise SafeSteerError("the prompt holds half a character (an unpaired surrogate); mend the text") from None
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 

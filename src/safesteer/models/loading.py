@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from safesteer.errors import SafeSteerError
 from safesteer.models.embedded import embedded_source
@@ -117,7 +118,7 @@ def load_model(
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, **arguments)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             reason = reason if len(reason) <= 300 else reason[:297] + "..."
             raise SafeSteerError(f"the model {name!r} could not be loaded: {reason}") from error

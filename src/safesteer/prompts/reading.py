@@ -32,6 +32,12 @@ def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
 def _text(value: Any, what: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise PromptFileError(f"{where}: {what} must be text that is not empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise PromptFileError(
+            f"{where}: {what} holds half a character (an unpaired surrogate); mend the text"
+        ) from None
     return value.strip()
 
 

@@ -56,6 +56,8 @@ class VectorBank:
         width = self.model.width
         if self.directions.shape != (*shape, width) or self.doses.shape != shape:
             raise BankError(f"directions {tuple(self.directions.shape)} and doses do not fit {shape} and width {width}")
+        if not all(bool(torch.isfinite(t).all()) for t in (self.directions, self.doses, self.residual_norms)):
+            raise BankError("directions, doses and norms must be finite numbers")
         if self.residual_norms.shape != shape[1:]:
             raise BankError("there must be one residual norm a layer")
 
@@ -145,7 +147,11 @@ class VectorBank:
     def load(cls, path: str | Path) -> VectorBank:
         """Read a bank. Raises `BankError` naming the file if it is missing, truncated, edited or not a bank."""
         source = Path(path)
-        if not source.is_file():
+        try:
+            found = source.is_file()
+        except OSError as error:
+            raise BankError(f"{source} cannot be read ({error.strerror})") from None
+        if not found:
             raise BankError(f"{source}: no such bank; make one with `safesteer fit MODEL --out {source}`")
         try:
             with safe_open(source, framework="pt") as file:

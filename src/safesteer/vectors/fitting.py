@@ -139,6 +139,9 @@ def fit(
     prompts. Raises `SafeSteerError` (or a subclass) with one sentence on what to do.
     """
     chosen = (settings or FitSettings()).complete(loaded.layout.depth)
+    for what, value in (("dose", chosen.dose), ("multiplier", chosen.multiplier)):
+        if value is not None and not 0 < value < math.inf:
+            raise SafeSteerError(f"the {what} {value:g} must be a number above 0")
     if not 0 <= chosen.shrinkage <= 1:
         raise SafeSteerError(f"shrinkage {chosen.shrinkage:g} is not within 0 to 1")
     loaded.layout.module(chosen.site, 0)
