@@ -3,6 +3,7 @@
     python benchmarks/outcomes.py generate --bank bank.safetensors --split tune --per-category 8 --out DIR \
         --condition unsteered --condition default --condition oracle:0.28 ...
     python benchmarks/outcomes.py sheets --out DIR --parts 6     # writes DIR/sheet-1.jsonl ..., conditions hidden, shuffled
+    python benchmarks/outcomes.py same --out DIR                 # harmless prompts: share of identical answers
     python benchmarks/outcomes.py score --out DIR                # reads DIR/grades-1.jsonl ... {"key": ..., "outcome": ...}
 
 A condition may end in options: `oracle:0.28@9-20+tokens=continuation+shrink=0.5` (which tokens are steered; how far the
@@ -177,6 +178,21 @@ def score(args: argparse.Namespace) -> None:
         print(f"| {label} | {total} | {' | '.join(cells)} |")
 
 
+def same(args: argparse.Namespace) -> None:
+    """Harmless prompts: the share whose answer under `default` is the unsteered answer, to the letter."""
+    by_condition: dict[str, dict[str, dict]] = defaultdict(dict)
+    for row in load(Path(args.out)):
+        by_condition[row["condition"]][row["id"]] = row
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for identifier, row in by_condition["default"].items():
+        kind = "soundalike" if "soundalike" in identifier else "counterpart" if identifier.endswith("-m") else "pool"
+        counts[kind][0] += row["response"] == by_condition["unsteered"][identifier]["response"]
+        counts[kind][1] += 1
+    for kind, (equal, total) in counts.items():
+        low, high = wilson(equal, total)
+        print(f"{kind}: {equal} of {total} answers identical, {equal / total:.0%} ({low:.0%}-{high:.0%})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -207,6 +223,9 @@ def main() -> None:
     four.add_argument("--to", required=True)
     four.add_argument("--round", required=True)
     four.set_defaults(run=export)
+    five = commands.add_parser("same")
+    five.add_argument("--out", required=True)
+    five.set_defaults(run=same)
     args = parser.parse_args()
     args.run(args)
 

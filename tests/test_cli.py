@@ -229,6 +229,22 @@ BAD: dict[str, tuple[list[Any], str]] = {
         ["generate", "{bank}", "--prompt", "x", "--policy", "{research_policy}"],
         "only from Python",
     ),
+    "gate without steer": (["generate", "{bank}", "--prompt", "x", "--gate", "always"], "belong to --steer"),
+    "a category steered twice": (
+        ["generate", "{bank}", "--prompt", "x", "--steer", "breaking=1", "--steer", "breaking=2"],
+        "given twice",
+    ),
+    "negative multiplier": (
+        ["fit", "{model}", "--out", "{new}", "--prompts", "{good}", "--multiplier", "-1"],
+        "must be a number above 0",
+    ),
+    "half a character": (["generate", "{bank}", "--prompts", "{surrogate}"], "line 1: prompt holds half a character"),
+    "a key given twice in a policy": (
+        ["generate", "{bank}", "--prompt", "x", "--policy", "{double_policy}"],
+        "given twice",
+    ),
+    "a file name too long": (["inspect", "x" * 300], "cannot be read"),
+    "output is a device": (["fit", "{model}", "--out", "/dev/null"], "not a regular file"),
     "bad batch size": (["generate", "{bank}", "--prompt", "x", "--batch-size", "0"], "--batch-size"),
     "lint of a missing file": (["prompts", "lint", "absent.jsonl"], "no such file"),
 }
@@ -250,6 +266,8 @@ def test_bad_input_ends_in_one_sentence_and_leaves_nothing(
         "broken": write_rows(tmp_path / "broken.jsonl", [PAIRS[0], "{not json"]),
         "empty": write_rows(tmp_path / "empty.jsonl", []),
         "bare": write_rows(tmp_path / "bare.jsonl", [{"prompt": "How do I smash it?"}]),
+        "surrogate": write_rows(tmp_path / "surrogate.jsonl", ['{"prompt": "hi \\ud83d there"}']),
+        "double_policy": write_rows(tmp_path / "double.yaml", ["categories: {breaking: 1, breaking: 0}"]),
         "truncated": tmp_path / "truncated.safetensors",
         "edited": tmp_path / "edited.safetensors",
         "list_policy": write_rows(tmp_path / "list.yaml", ["- hate"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,39 @@ def test_a_cache_filled_before_steering_began_is_refused(llama: LoadedModel) -> 
             llama.model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
         steerer.assign(OFF)
         llama.model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+
+
+def test_a_second_turn_on_a_cache_is_refused_not_left_unread(llama: LoadedModel) -> None:
+    bank = bank_for(llama, gate=True)
+    ids = batch(llama)["input_ids"]
+    with torch.inference_mode(), Steerer(llama, bank):
+        cache = llama.model(input_ids=ids, use_cache=True).past_key_values
+        with pytest.raises(SteeringError, match="several tokens"):
+            llama.model(input_ids=ids[:, :5], past_key_values=cache)
+        llama.model(input_ids=ids[:, :1], past_key_values=cache)
+        other = llama.model(input_ids=ids, use_cache=True).past_key_values
+        llama.model(input_ids=ids[:, :1], past_key_values=other)
+        with pytest.raises(SteeringError, match="before steering began"):
+            llama.model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_a_mask_that_is_left_out_is_inferred_as_generate_infers_it(llama: LoadedModel) -> None:
+    bank = bank_for(llama, gate=True)
+    inputs = batch(llama)
+    with Steerer(llama, bank) as steerer:
+        llama.model.generate(**inputs, max_new_tokens=1)
+        given = [one.reading for one in steerer.plans]
+        llama.model.generate(input_ids=inputs["input_ids"], max_new_tokens=1)
+        inferred = [one.reading for one in steerer.plans]
+    assert given == inferred
+
+
+def test_a_generate_of_ones_own_is_put_back(llama: LoadedModel) -> None:
+    own = functools.partial(llama.model.generate)
+    llama.model.generate = own
+    with Steerer(llama, bank_for(llama), HATE):
+        assert llama.model.generate is not own
+    assert llama.model.generate is own
 
 
 def test_inputs_embeds_are_steered_too(llama: LoadedModel) -> None:
