@@ -102,7 +102,7 @@ def demo(
     bank.save(out_folder / "bank.safetensors")
     lines = "".join(json_module.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(out_folder / "responses.jsonl", lines)
-    write_text(out_folder / "index.html", page(rows, bank, loaded.name, timing))
+    write_text(out_folder / "index.html", page(rows, bank, model_label(loaded.name), timing))
     if json:
         print_json({"out": str(out_folder), "bank_cached": cached, "seconds": timing, "responses": rows})
         return
@@ -138,6 +138,14 @@ def _print(rows: list[dict[str, Any]]) -> None:
         out.print(heading)
         out.print(Padding(body, (0, 0, 0, 2)))
         out.print(Padding(acted, (0, 0, 1, 2)))
+
+
+def model_label(name: str) -> str:
+    """The name of a model for people."""
+    from safesteer.models.embedded import HUB_ID
+    from safesteer.models.loading import EMBEDDED
+
+    return f"{HUB_ID.rpartition('/')[2]}, the embedded model" if name == EMBEDDED else name
 
 
 def page(rows: list[dict[str, Any]], bank: VectorBank, model: str, timing: dict[str, float]) -> str:
