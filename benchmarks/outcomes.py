@@ -164,6 +164,16 @@ def score(args: argparse.Namespace) -> None:
         rows = [row for row in rows if row["round"] == args.round] if args.round else rows
     else:
         rows = graded(Path(args.out))
+    if args.transitions:
+        outcomes: dict[str, dict[str, str]] = defaultdict(dict)
+        for row in rows:
+            outcomes[row["condition"]][row["id"]] = row["outcome"]
+        pairs = Counter(
+            (was, outcomes["default"][i]) for i, was in outcomes["unsteered"].items() if i in outcomes["default"]
+        )
+        for (was, now), count in sorted(pairs.items()):
+            print(f"{was} -> {now}: {count}")
+        return
     tables: dict[str, Counter] = defaultdict(Counter)
     for row in rows:
         label = row["condition"] + (f" / {row['category'] or 'harmless'}" if args.by_category else "")
@@ -217,6 +227,7 @@ def main() -> None:
     three.add_argument("--graded", help="a file made by export, instead of a folder")
     three.add_argument("--round", help="only this round of the file")
     three.add_argument("--by-category", action="store_true")
+    three.add_argument("--transitions", action="store_true", help="what became of each outcome, unsteered to default")
     three.set_defaults(run=score)
     four = commands.add_parser("export")
     four.add_argument("--out", required=True)
