@@ -184,5 +184,5 @@ def resolve(name: str, available: Iterable[str]) -> str:
     if wanted in names:
         return wanted
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise UnknownCategoryError(f"unknown category {name!r}{hint} Available: {', '.join(names) or 'none'}")

@@ -11,6 +11,7 @@ from rich.markup import escape
 from safesteer.cli import options
 from safesteer.cli.console import err, out, print_json
 from safesteer.errors import SafeSteerError
+from safesteer.files import json_lines
 
 HELP = """/steer hate=0.5 [privacy=1]   steer these categories on every message
 /default                      back to the bank's own policy
@@ -43,8 +44,6 @@ def chat(
     ] = False,
 ) -> None:
     """Chat with the steered model; type /help for the commands."""
-    import json as json_module
-
     from transformers import TextStreamer
 
     from safesteer.engines import GenerationSettings, Request, generate
@@ -115,10 +114,5 @@ def chat(
             steering = response.steering
             history.append({"role": "assistant", "content": response.text})
             if json:
-                out.file.write(
-                    json_module.dumps(
-                        {"prompt": line, "response": response.text, "steering": steering}, ensure_ascii=False
-                    )
-                    + "\n"
-                )
+                out.file.write(json_lines([{"prompt": line, "response": response.text, "steering": steering}]))
                 out.file.flush()

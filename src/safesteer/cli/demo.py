@@ -21,7 +21,7 @@ from safesteer.cli import options
 from safesteer.cli.console import err, note, out, print_json, progress_bar
 from safesteer.cli.generate import acting_text, respond
 from safesteer.errors import BankError
-from safesteer.files import check_writable, write_text
+from safesteer.files import check_writable, json_lines, write_text
 
 if TYPE_CHECKING:
     from safesteer.models import LoadedModel
@@ -52,12 +52,12 @@ def _cached_bank(loaded: LoadedModel) -> tuple[VectorBank, bool]:
     from safesteer.models import fingerprint
     from safesteer.models.embedded import cache_folder
     from safesteer.prompts import builtin, builtin_categories, concatenate, harmless_pool, soundalikes
-    from safesteer.vectors import VectorBank, fit, fitting, gate
+    from safesteer.vectors import VectorBank, directions, fit, fitting, gate
 
     prompts = concatenate([*(builtin(name) for name in builtin_categories()), harmless_pool(), soundalikes()])
     constants = [
         (module.__name__, name, repr(value))
-        for module in (fitting, gate)
+        for module in (directions, fitting, gate)
         for name, value in sorted(vars(module).items())
         if name.isupper()
     ]
@@ -68,7 +68,7 @@ def _cached_bank(loaded: LoadedModel) -> tuple[VectorBank, bool]:
             return VectorBank.load(path), True
         except BankError:
             pass  # damaged: fit it again
-    with progress_bar("Fitting 12 categories") as update:
+    with progress_bar(f"Fitting {len(builtin_categories())} categories") as update:
         bank = fit(loaded, progress=update)
     bank.save(path)
     return bank, False
@@ -100,8 +100,7 @@ def demo(
     seconds = {"load": ready - began, "fit": fitted - ready, "generate": done - fitted, "total": done - began}
     timing = {name: round(value, 1) for name, value in seconds.items()}
     bank.save(out_folder / "bank.safetensors")
-    lines = "".join(json_module.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(out_folder / "responses.jsonl", lines)
+    write_text(out_folder / "responses.jsonl", json_lines(rows))
     write_text(out_folder / "index.html", page(rows, bank, model_label(loaded.name), timing))
     if json:
         print_json({"out": str(out_folder), "bank_cached": cached, "seconds": timing, "responses": rows})
@@ -159,6 +158,5 @@ def page(rows: list[dict[str, Any]], bank: VectorBank, model: str, timing: dict[
         model=model,
         timing=timing,
         low=gate.low if gate else None,
-        high=gate.high if gate else None,
         version=__version__,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.markup import escape
 from safesteer.cli import options
 from safesteer.cli.console import counted, note, out, progress_bar
 from safesteer.errors import PolicyError, PromptFileError, SafeSteerError
-from safesteer.files import check_writable, write_text
+from safesteer.files import check_writable, json_lines, write_text
 
 if TYPE_CHECKING:
     from safesteer.engines import GenerationSettings, Request
@@ -144,7 +143,7 @@ def generate(
         {**extra, **row}
         for extra, row in zip(extras, respond(loaded, opened, requests, settings, compare, force), strict=True)
     ]
-    lines = "".join(json_module.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = json_lines(rows)
     if out_file is not None:
         write_text(out_file, lines)
         note(f"Wrote {len(rows)} rows to {out_file}")

@@ -26,6 +26,12 @@ PADDING, PROMPT, LAST, GENERATED = range(4)
 KINDS = 4
 
 
+def last_tokens(mask: torch.Tensor) -> torch.Tensor:
+    """Position of each row's last real token, int64 `[rows]`, for a 2-D attention mask padded on either side."""
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask.bool(), position, -1).max(dim=1).values
+
+
 def token_kinds(mask: torch.Tensor | None, first: int, count: int, prompt_width: int, rows: int) -> torch.Tensor:
     """Kind of each token of a forward pass: int64 `[rows, count]`.
 
@@ -40,8 +46,7 @@ def token_kinds(mask: torch.Tensor | None, first: int, count: int, prompt_width:
         real = mask[:, first : first + count].bool()
         # A chunk of a longer prompt does not show where the prompt ends: it is padded on the left, so at its full width.
         if mask.shape[1] >= prompt_width:
-            absolute = torch.arange(prompt_width, device=mask.device)
-            last = torch.where(mask[:, :prompt_width].bool(), absolute, -1).max(dim=1, keepdim=True).values
+            last = last_tokens(mask[:, :prompt_width]).unsqueeze(1)
     kinds = torch.where(is_prompt, torch.where(position == last, LAST, PROMPT), GENERATED)
     return torch.where(real, kinds, PADDING)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from safesteer.activations import run_until
-from safesteer.engines.steering import KINDS, Hooks
+from safesteer.engines.steering import KINDS, Hooks, last_tokens
 from safesteer.errors import SteeringError
 from safesteer.models import LoadedModel
 from safesteer.policy import Plan, Policy, plan
@@ -76,11 +76,7 @@ class Steerer:
         if gate is None:
             raise SteeringError("the bank has no gate")
         rows, count = input_ids.shape
-        if attention_mask is None:
-            last = torch.full((rows,), count - 1)
-        else:
-            position = torch.arange(count, device=attention_mask.device)
-            last = torch.where(attention_mask.bool(), position, -1).max(dim=1).values.cpu()
+        last = torch.full((rows,), count - 1) if attention_mask is None else last_tokens(attention_mask).cpu()
         collected: dict[int, torch.Tensor] = {}
 
         def tap(layer: int) -> Any:
