@@ -87,6 +87,9 @@ def test_a_dose_response_runs_from_unsteered_to_the_policy_and_beyond() -> None:
     points = dose_response(rows, "default", (0.5,))
     assert [point["strength"] for point in points] == [0.0, 0.5, 1.0]
     assert points[0]["outcomes"]["unsafe"]["value"] == 1.0
+    for row, perplexity in zip(rows, (4.0, 6.0, 8.0), strict=True):
+        row["perplexity"] = perplexity
+    assert dose_response(rows, "default", (0.5,))[1]["perplexity"] == {"value": 6.0, "low": 6.0, "high": 6.0}
 
 
 def test_a_torn_line_of_a_ledger_is_dropped(tmp_path: Path) -> None:

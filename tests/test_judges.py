@@ -177,3 +177,13 @@ def test_the_refusal_detector_agrees_with_people() -> None:
     if not folder.is_dir():
         pytest.skip("the folder shared/data is not beside this checkout")
     assert agreement(make_judge("rules"), read_labelled(folder), "refusal")["f1"] >= 0.92
+
+
+def test_a_judge_from_a_folder_is_another_judge_once_its_weights_change(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"old")
+    before = [make_judge(f"{kind}:{tmp_path}{end}") for kind, end in (("classifier", "#toxic"), ("classifier", ""))]
+    (tmp_path / "model.safetensors").write_bytes(b"newer")
+    after = [make_judge(f"{kind}:{tmp_path}{end}") for kind, end in (("classifier", "#toxic"), ("classifier", ""))]
+    for old, new in zip(before, after, strict=True):
+        assert old.name == new.name and old.identity and old.identity != new.identity
+    assert make_judge("classifier:owner/name").identity == ""

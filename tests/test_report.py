@@ -118,7 +118,8 @@ def made_results(rows: Sequence[dict[str, Any]], **changes: Any) -> Results:
             for one in CATEGORIES for other in CATEGORIES for change in [-0.4 if one == other else 0.06]
         ],
         "dose_response": [
-            {"suite": "plain", "strength": strength, "n": 20, "outcomes": {**outcomes, "safe": rate(safe)}, "perplexity": 9.5}
+            {"suite": "plain", "strength": strength, "n": 20, "outcomes": {**outcomes, "safe": rate(safe)},
+             "perplexity": {"value": 9.5, "low": 8.1, "high": 11.2}}
             for strength, safe in ((0.0, 0.3), (0.5, 0.45), (1.0, 0.65), (1.5, 0.5))
         ],
         "versions": {"safesteer": "0.1.0"},

@@ -7,6 +7,7 @@ leaves the old file (or none) and no rest.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -65,3 +66,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     write_atomically(path, write)
+
+
+def folder_identity(path: str | Path) -> str:
+    """A short digest of the names, sizes and times of the files in a folder; empty where `path` is no folder (a hub id)."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return ""
+    files = sorted((str(file.relative_to(folder)), file.stat()) for file in folder.rglob("*") if file.is_file())
+    return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]).encode()).hexdigest()[
+        :16
+    ]

@@ -131,6 +131,6 @@ def dose_response(rows: Sequence[Row], policy: str, factors: Sequence[float]) ->
             perplexity = _measure(members, {}, _field("perplexity"), False)
             points.append(
                 {"suite": suite, "strength": factor, "n": len(members), "outcomes": outcomes,
-                 "perplexity": perplexity.value if perplexity else None}
+                 "perplexity": perplexity.model_dump(include={"value", "low", "high"}) if perplexity else None}
             )  # fmt: skip
     return points

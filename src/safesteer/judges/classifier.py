@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from safesteer.errors import SafeSteerError
+from safesteer.files import folder_identity
 from safesteer.judges.base import Exchange, in_batches
 from safesteer.models.loading import DTYPES, default_device, quiet_transformers
 
@@ -76,6 +77,7 @@ class Classifier:
         if dtype is not None and dtype not in DTYPES:
             raise SafeSteerError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
         self.model_id = model_id
+        self.identity = folder_identity(model_id)
         self.unsafe_labels = unsafe_labels
         self.pair = pair
         self.device = device

@@ -44,6 +44,11 @@ class Completed:
         return self.scorer.name
 
     @property
+    def identity(self) -> str:
+        """What tells the scorer from another of its name (weights that changed in a folder)."""
+        return str(getattr(self.scorer, "identity", ""))
+
+    @property
     def card(self) -> dict[str, Any]:
         """What is known of the scorer's quality."""
         card: dict[str, Any] = getattr(self.scorer, "card", {})

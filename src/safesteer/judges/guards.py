@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from safesteer.errors import SafeSteerError
+from safesteer.files import folder_identity
 from safesteer.judges.base import Exchange, in_batches, quoted
 from safesteer.models import LoadedModel, load_model
 from safesteer.models.loading import quiet_transformers
@@ -257,6 +258,7 @@ class Guard:
         batch_size: int = BATCH,
     ) -> None:
         self.model_id = model_id
+        self.identity = folder_identity(model_id)
         self.family = family_of(model_id, family)
         self.device = device
         self.dtype = dtype

@@ -43,6 +43,7 @@ class Specified:
         self.name = name
         self.inner = judge
         self.card: dict[str, Any] = getattr(judge, "card", {})
+        self.identity: str = getattr(judge, "identity", "")
 
     def judge(
         self, exchanges: Sequence[Exchange], progress: Callable[[int], None] = lambda count: None
