@@ -1,6 +1,6 @@
 """Train and measure the offline judge.
 
-    python benchmarks/offline_judge.py features --cache CACHE.pt        # about 12 minutes on two cores; resumes
+    python benchmarks/offline_judge.py features --cache CACHE.pt        # about 20 minutes on two cores; resumes
     python benchmarks/offline_judge.py choose --cache CACHE.pt          # cross-validation on the fit and tune splits
     python benchmarks/offline_judge.py train --cache CACHE.pt           # writes src/safesteer/judges/weights/offline.safetensors
 
@@ -26,7 +26,7 @@ import torch
 import safesteer
 from safesteer.judges.agreement import auroc, f1, kappa
 from safesteer.judges.base import OUTCOMES, Exchange
-from safesteer.judges.features import LAYERS, POSITIONS, reading, topic, words
+from safesteer.judges.features import LAYERS, reading, topic, words
 from safesteer.judges.offline import WEIGHTS, design, save_weights
 from safesteer.judges.relevance import Embedder
 
@@ -34,8 +34,8 @@ GRADED = Path(__file__).parent / "graded"
 PLAIN = ("unsteered", "system-prompt", "refuse-prompt")
 PART = 256
 FOLDS = 5
-CHOSEN = ("words", "cosine", "response", "product", "gap", "last-15", "last-18", "mean-12", "mean-18")
-L2 = 1e-4
+CHOSEN = ("words", "cosine", "mean-15", "mean-18", "mean-22")
+L2 = 1e-5
 
 
 def graded(*names: str) -> list[dict]:
@@ -149,17 +149,15 @@ def choose(args: argparse.Namespace) -> None:
     rows = graded("fit", "tune")
     blocks = features(rows, args.cache)
     topical = ("words", "cosine", "prompt", "response", "product", "gap")
-    reading_blocks = ("last-15", "last-18", "mean-12", "mean-18")
     tried: list[tuple[str, ...]] = [
         topical,
-        ("words", "cosine", *reading_blocks),
-        (*topical, *reading_blocks),
+        *(("words", "cosine", f"mean-{layer}") for layer in LAYERS),
         CHOSEN,
-        (*CHOSEN, "end-12", "end-18", "last-12", "mean-9", "mean-15"),
-        *(("words", "cosine", f"{position}-{layer}") for position in POSITIONS for layer in LAYERS),
+        (*topical, *CHOSEN[2:]),
+        (*CHOSEN, "response", "product"),
     ]
     for names in tried:
-        for l2 in (3e-5, 1e-4, 3e-4):
+        for l2 in (3e-6, 1e-5, 3e-5):
             found = measure(rows, cross_validated(rows, blocks, names, l2))
             shown = {key: found[key] for key in ("macro_f1", "kappa", "unsafe_auroc", "unsafe_auroc_steered")}
             print(f"{'+'.join(names)}, l2 {l2:g}: {shown}", flush=True)
