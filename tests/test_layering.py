@@ -12,7 +12,7 @@ import safesteer
 ROOT = Path(safesteer.__file__).parent
 ORDER = [
     "errors", "files", "taxonomy", "prompts", "models", "activations", "vectors", "policy", "engines", "judges",
-    "evaluation", "integrations", "explain", "server", "cli",
+    "evaluation", "tuning", "integrations", "explain", "server", "cli",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -23,10 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from safesteer.errors import PolicyError
 from safesteer.vectors import Reading, VectorBank
+from safesteer.vectors.bank import Tokens
 
 GateMode = Literal["auto", "always"]
-Tokens = Literal["all", "prompt", "generated", "continuation"]
-TOKENS: tuple[Tokens, ...] = get_args(Tokens)
 
 MOST_LAYERS = 10_000  # no model has as many; a typing error should not fill the memory
 
@@ -105,7 +104,9 @@ class Policy(BaseModel):
     def default(cls, bank: VectorBank) -> Policy:
         """The bank's own: every category at strength 1, gated where the bank has a gate."""
         gate: GateMode = "auto" if bank.gate is not None else "always"
-        return cls(name="default", categories={name: CategoryPolicy(gate=gate) for name in bank.categories})
+        return cls(
+            name="default", categories={name: CategoryPolicy(gate=gate, tokens=bank.tokens) for name in bank.categories}
+        )
 
     @classmethod
     def of(

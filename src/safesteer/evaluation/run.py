@@ -77,7 +77,7 @@ def evaluate(
         raise SafeSteerError("an evaluation needs at least one suite and one judge")
     check_distinct(suites)
     seconds: dict[str, float] = {}
-    model_digest = _model_digest(loaded)
+    model_digest = model_digest_of(loaded)
     generation = GenerationSettings(settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size)
     work = out / "work"
 
@@ -255,7 +255,7 @@ def _diverge(
         tick(len(part))
 
 
-def _model_digest(loaded: LoadedModel) -> str:
+def model_digest_of(loaded: LoadedModel) -> str:
     """What responses depend on besides prompt and condition: parameters (sum and norm), generation config, versions."""
     sums = [
         [

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,9 @@ FORMAT = "safesteer-bank"
 FORMAT_VERSION = 1
 STRENGTH_CEILING = 2.0
 
+Tokens = Literal["all", "prompt", "generated", "continuation"]
+TOKENS: tuple[Tokens, ...] = get_args(Tokens)
+
 
 @dataclass(frozen=True)
 class VectorBank:
@@ -37,7 +40,8 @@ class VectorBank:
 
     `directions`: fp32 `[categories, layers, width]`, unnormalised, pointing away from the risk.
     `doses`: fp32 `[categories, layers]`, fraction of the residual norm that strength 1 adds; 0 where a layer does not act.
-    `residual_norms`: fp32 `[layers]`. `layers` are 0-based blocks. `provenance` is plain data for a reader.
+    `residual_norms`: fp32 `[layers]`. `layers` are 0-based blocks. `tokens`: which tokens the default
+    policy steers. `provenance` is plain data for a reader.
     """
 
     categories: tuple[str, ...]
@@ -49,6 +53,7 @@ class VectorBank:
     model: Fingerprint
     gate: Gate | None = None
     strength_ceiling: float = STRENGTH_CEILING
+    tokens: Tokens = "all"
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,7 +134,10 @@ class VectorBank:
             "high": self.gate.high,
             "quality": self.gate.quality,
         }
+        # written only where it differs, so that the digests of older banks stay what they were
+        tokens = {} if self.tokens == "all" else {"tokens": self.tokens}
         return {
+            **tokens,
             "version": FORMAT_VERSION,
             "categories": self.categories,
             "layers": self.layers,
@@ -195,6 +203,7 @@ class VectorBank:
             model=Fingerprint.from_json(header["model"]),
             gate=gate,
             strength_ceiling=header["strength_ceiling"],
+            tokens=header.get("tokens", "all"),
             provenance=header["provenance"],
         )
 
