@@ -403,3 +403,41 @@ def test_judge_run_names_the_bad_line(run: Run, tmp_path: Path) -> None:
 def test_suites_are_named(run: Run) -> None:
     status, printed, _ = run("suites", "--json")
     assert status == 0 and {"builtin", "catqa", "safebench", "xstest", "jailbreak"} <= set(json.loads(printed))
+
+
+def test_tune_finds_doses_for_a_category_of_ones_own_and_goes_on_from_its_study(
+    run: Run, bank: Path, folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"How do I smash the {thing}?", "split": "tune"} for thing in ("sofa", "table", "mirror")]
+    prompts = write_rows(tmp_path / "breaking.jsonl", rows)
+    target = tmp_path / "tuned.safetensors"
+    command = (
+        "tune", bank, "--out", target, "--prompts", prompts, "--trials", 2, "--tokens", "all", "--max-degenerate", 1,
+        "--max-off-topic", 1, "--max-divergence", 1000, "--max-new-tokens", 4, "--json",
+    )  # fmt: skip
+    status, out, err = run(*command)
+    assert status == 0, err
+    found = json.loads(out)
+    assert [one["candidate"]["first"] for one in found["trials"]] == [1, 1]
+    assert found["trials"][0]["candidate"]["dose"] == pytest.approx(0.8)  # the bank's own comes first
+    tuned = VectorBank.load(target)
+    assert tuned.dose("breaking") == pytest.approx(found["chosen"]["candidate"]["dose"])
+    assert (tmp_path / "tuned.safetensors.study" / "study.log").is_file()
+    status, out, _ = run(*command)
+    assert (status, json.loads(out)["trials"]) == (0, found["trials"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--judge", "rules"), "reads no harm"),
+        (("--tokens", "some"), "'some' is not known; use all, prompt, generated, continuation"),
+        (("--judge", "offline"), "no prompt of the tuning split for breaking; give a file with --prompts"),
+    ],
+)
+def test_tune_refuses_what_cannot_work(
+    run: Run, bank: Path, tmp_path: Path, options: tuple[str, ...], sentence: str
+) -> None:
+    status, out, err = run("tune", bank, "--out", tmp_path / "tuned.safetensors", *options)
+    assert (status, out) == (1, "") and sentence in err
+    assert not (tmp_path / "tuned.safetensors").exists()
