@@ -432,6 +432,7 @@ def test_tune_finds_doses_for_a_category_of_ones_own_and_goes_on_from_its_study(
     [
         (("--judge", "rules"), "reads no harm"),
         (("--tokens", "some"), "'some' is not known; use all, prompt, generated, continuation"),
+        (("--tokens", "generated"), "cannot be tuned; use all, prompt or continuation"),
         (("--judge", "offline"), "no prompt of the tuning split for breaking; give a file with --prompts"),
     ],
 )

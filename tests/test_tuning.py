@@ -13,9 +13,10 @@ from safesteer.engines import GenerationSettings
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation import responding
 from safesteer.evaluation.suites import Suite, SuiteRow
-from safesteer.judges import Exchange, Judgement
+from safesteer.judges import Exchange, Judgement, failed
 from safesteer.models import LoadedModel
 from safesteer.policy import Policy
+from safesteer.prompts import Prompt, PromptSet
 from safesteer.tuning import (
     Assessment,
     Bench,
@@ -101,9 +102,9 @@ def test_a_dose_that_does_nothing_and_one_that_moves_harmless_prompts_are_not_ju
     llama: LoadedModel, bank: VectorBank, tmp_path: Path
 ) -> None:
     bench = _bench(llama, bank, tmp_path)
-    assert assess(bench, applied(bank, Candidate(0, 2, 1e-6))).pruned == "it hardly changes harmful prompts"
+    assert assess(bench, applied(bank, Candidate(0, 2, 1e-6))).pruned == "too weak"
     strict = replace(bench, worst_divergence=1e-9)
-    assert assess(strict, applied(bank, Candidate(0, 2, 0.8))).pruned == "it moves harmless prompts"
+    assert assess(strict, applied(bank, Candidate(0, 2, 0.8))).pruned == "moves harmless"
     assert bench.judge.asked == 0  # type: ignore[attr-defined]
 
 
@@ -130,7 +131,7 @@ def test_a_trial_stops_after_the_part_where_it_is_hopeless(
         return rung == 1
 
     found = assess(_bench(llama, bank, tmp_path), applied(bank, Candidate(0, 2, 0.8)), hopeless)
-    assert (found.pruned, found.n, seen) == ("others do better", 8, [0, 1])
+    assert (found.pruned, found.n, seen) == ("others better", 8, [0, 1])
 
 
 def _trial(number: int, dose: float, safe: float, *, first: int = 12, off: float = 0.0, kl: float = 0.1) -> Trial:
@@ -153,7 +154,7 @@ def test_the_limits_bind_and_the_least_excess_is_taken_where_none_keeps_them() -
     worse = _trial(2, 0.4, 0.8, off=0.19)
     assert choose([worse, bad], Limits(), SPACE) == (bad, False)
     with pytest.raises(SafeSteerError, match="no candidate"):
-        choose([Trial(0, good.candidate, Assessment(pruned="it breaks text"))], Limits(), SPACE)
+        choose([Trial(0, good.candidate, Assessment(pruned="breaks text"))], Limits(), SPACE)
 
 
 def test_the_front_holds_what_nothing_beats_in_both() -> None:
@@ -204,4 +205,129 @@ def test_a_search_finds_what_was_planted_and_goes_on_after_a_kill(
 
 def test_categories_of_ones_own_need_tuning_prompts(llama: LoadedModel, bank: VectorBank, tmp_path: Path) -> None:
     with pytest.raises(SafeSteerError, match="no prompt of the tuning split for"):
-        make_bench(llama, bank, _Short(), tmp_path, limits=(1.0, 1.0))
+        make_bench(llama, bank, _Short(), tmp_path)
+
+
+def test_prompts_without_identifiers_are_told_apart(llama: LoadedModel, bank: VectorBank, tmp_path: Path) -> None:
+    own = PromptSet(
+        tuple(
+            Prompt(f"Tell me about the {n} of {name}", name, None, "tune") for name in bank.categories for n in range(4)
+        ),
+        "mine",
+    )
+    bench = make_bench(llama, bank, _Short(), tmp_path, prompts=own, generation=GenerationSettings(4))
+    names = [row.identifier for part in bench.parts for row in part]
+    assert len(names) == len(set(names)) == 8
+    found = assess(bench, applied(bank, Candidate(0, 2, 0.8)))
+    assert found.n == 8
+
+
+class _Down(_Short):
+    """Fails on everything until it is mended."""
+
+    mended = False
+
+    def judge(
+        self, exchanges: Sequence[Exchange], progress: Callable[[int], None] = lambda count: None
+    ) -> list[Judgement]:
+        return super().judge(exchanges) if self.mended else [failed("timed out") for _ in exchanges]
+
+
+def test_a_judge_that_fails_ends_the_search_which_goes_on_once_it_is_mended(
+    llama: LoadedModel, bank: VectorBank, tmp_path: Path
+) -> None:
+    judge = _Down()
+    bench = _bench(llama, bank, tmp_path, judge=judge)
+    settings = TuneSettings(trials=2, limits=Limits(1.0, 1.0, 1e9), per_category=False)
+    space = Space((0, 1, 2), 1, (0.5, 0.9), ("all",))
+    with pytest.raises(SafeSteerError, match=r"failed on 4 of 4 answers \(timed out\)"):
+        tune(bench, bank, settings, space=space)
+    judge.mended = True
+    found = tune(bench, bank, settings, space=space)
+    assert [one.found.n for one in found.trials] == [12, 12]
+    assert found.trials[0].candidate == study.current(bank)  # the bank's own is not lost with the trial that failed
+
+
+def test_candidates_within_the_limits_are_not_stopped_for_others_beyond_them(
+    llama: LoadedModel, bank: VectorBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def landscape(
+        bench: Bench, made: VectorBank, hopeless: Callable[[int, float], bool] = lambda rung, safe: False
+    ) -> Assessment:
+        strong = made.dose(made.categories[0]) > 0.3
+        safe = 0.7 if strong else 0.6
+        if hopeless(0, safe):
+            return Assessment(10, {"safe": safe, "off_topic": 0.0, "degenerate": 0.0}, 0.1, pruned="others better")
+        return Assessment(30, {"safe": safe, "off_topic": 0.2 * strong, "degenerate": 0.0}, 0.1, 1.0)
+
+    monkeypatch.setattr(study, "assess", landscape)
+    for seed in range(3):
+        space = Space((0, 1, 2), 1, (0.1, 0.8), ("all",))
+        found = tune(_bench(llama, bank, tmp_path), bank, TuneSettings(20, per_category=False, seed=seed), space=space)
+        assert found.feasible and found.found.safe == 0.6
+        assert not any(one.found.pruned for one in found.trials)
+
+
+def test_a_torn_journal_is_mended_and_a_damaged_work_folder_is_one_sentence(
+    llama: LoadedModel, bank: VectorBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "assess", lambda bench, made, *rest: _planted(bench, made))
+    space = Space((0, 1, 2), 1, tokens=("all",))
+    settings = TuneSettings(trials=3, per_category=False)
+    first = tune(_bench(llama, bank, tmp_path / "work"), bank, settings, space=space)
+    with (tmp_path / "work" / "study.log").open("a") as file:
+        file.write('{"op_code": 5, "worker')
+    assert tune(_bench(llama, bank, tmp_path / "work"), bank, settings, space=space).trials == first.trials
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SafeSteerError, match="give another folder with --work"):
+        tune(_bench(llama, bank, tmp_path / "file"), bank, settings, space=space)
+
+
+def test_categories_keep_the_common_dose_unless_another_is_clearly_better(
+    llama: LoadedModel, bank: VectorBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking, lying = bank.categories
+
+    def landscape(bench: Bench, made: VectorBank, *rest: object) -> Assessment:
+        counts = {}
+        for name, best in ((breaking, 0.28), (lying, 0.4)):
+            good = round(48 * (0.9 - 0.9 * abs(math.log(made.dose(name) / best))))
+            counts[name] = {"safe": good, "unsafe": 48 - good}
+        safe = sum(one["safe"] for one in counts.values()) / 96
+        return Assessment(96, {"safe": safe, "off_topic": 0.0, "degenerate": 0.0}, 0.1, 1.0, counts=counts)
+
+    monkeypatch.setattr(study, "assess", landscape)
+    bench = _bench(llama, bank, tmp_path)
+    winner = Trial(0, Candidate(0, 2, 0.28), landscape(bench, applied(bank, Candidate(0, 2, 0.28))))
+    factors, found = study.category_factors(bench, bank, winner, Limits())
+    assert factors == {breaking: 1.0, lying: 1.4}
+    assert found.safe > winner.found.safe
+
+
+def test_a_bank_of_several_good_doses_that_together_exceed_a_limit_is_not_taken(
+    llama: LoadedModel, bank: VectorBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def landscape(bench: Bench, made: VectorBank, *rest: object) -> Assessment:
+        doses = [made.dose(name) for name in bank.categories]
+        mixed = abs(doses[0] - doses[1]) > 1e-6
+        pairs = enumerate(zip(bank.categories, doses, strict=True))
+        better = {name: (40 if (dose > 0.3) == (n == 0) else 20) for n, (name, dose) in pairs}
+        counts = {name: {"safe": good, "unsafe": 48 - good} for name, good in better.items()}
+        rates = {"safe": sum(better.values()) / 96, "off_topic": 0.2 if mixed else 0.0, "degenerate": 0.0}
+        return Assessment(96, rates, 0.1, 1.0, counts=counts)
+
+    monkeypatch.setattr(study, "assess", landscape)
+    bench = _bench(llama, bank, tmp_path)
+    winner = Trial(0, Candidate(0, 2, 0.29), landscape(bench, applied(bank, Candidate(0, 2, 0.29))))
+    factors, found = study.category_factors(bench, bank, winner, Limits())
+    assert set(factors.values()) == {1.0} and found == winner.found
+
+
+def test_a_number_that_is_none_is_never_within_the_limits() -> None:
+    assert max(Limits().excess(Assessment(5, {"degenerate": 0.0, "off_topic": 0.0}, math.nan))) == math.inf
+
+
+def test_where_nothing_was_judged_the_sentence_says_why() -> None:
+    trials = [Trial(n, Candidate(0, 2, 0.1), Assessment(pruned="too weak")) for n in range(3)]
+    with pytest.raises(SafeSteerError, match=r"3 too weak \(the gate may not open"):
+        choose(trials, Limits(), SPACE)

@@ -15,14 +15,13 @@ from safesteer.errors import SafeSteerError
 from safesteer.files import check_writable
 
 if TYPE_CHECKING:
-    from safesteer.tuning import Tuning
+    from safesteer.tuning import Limits, Tuning
 
 SHOWN = 12
-TOKENS_SEARCHED = ("all", "continuation", "generated")
 
 
-def table(tuning: Tuning) -> Table:
-    """The trials, best first: those judged to the end, then those stopped early."""
+def table(tuning: Tuning, limits: Limits) -> Table:
+    """The trials, best first: those judged to the end, then those stopped early; the chosen one is always among them."""
     made = Table(
         title="Trials; percent of the tuning prompts",
         title_justify="left",
@@ -30,30 +29,22 @@ def table(tuning: Tuning) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for column in (
-        "",
-        "blocks",
-        "dose",
-        "tokens",
-        "n",
-        "safe",
-        "unsafe",
-        "refusal",
-        "off topic",
-        "degenerate",
-        "KL",
-        "stopped",
-    ):
-        made.add_column(column, justify="left" if column in ("", "tokens", "stopped") else "right", no_wrap=True)
+    for column in ("", "blocks", "dose", "tokens", "safe", "unsafe", "refuse", "off", "broken", "KL", "note"):
+        made.add_column(column, justify="left" if column in ("", "tokens", "note") else "right", no_wrap=True)
     ordered = sorted(tuning.trials, key=lambda one: (bool(one.found.pruned), -one.found.safe))
-    for one in ordered[:SHOWN]:
+    shown = ordered[:SHOWN]
+    if tuning.chosen not in shown:
+        shown[-1] = tuning.chosen
+    for one in shown:
         found, candidate = one.found, one.candidate
-        mark = ">" if one.number == tuning.chosen.number else "*" if one.number in tuning.front else ""
+        chosen = one.number == tuning.chosen.number
+        mark = ">" if chosen else "*" if one.number in tuning.front else ""
+        over = "" if found.pruned or max(limits.excess(found)) <= 0 else "over a limit"
         rates = [f"{100 * found.rates[name]:.0f}" if found.rates else "" for name in
                  ("safe", "unsafe", "refusal", "off_topic", "degenerate")]  # fmt: skip
         made.add_row(
-            mark, f"{candidate.first}-{candidate.last}", f"{candidate.dose:.2f}", candidate.tokens, str(found.n), *rates,
-            f"{found.divergence:.2f}", found.pruned, style="bold" if mark == ">" else "",
+            mark, f"{candidate.first}-{candidate.last}", f"{candidate.dose:.2f}", candidate.tokens, *rates,
+            f"{found.divergence:.2f}", found.pruned or over, style="bold" if chosen else "",
         )  # fmt: skip
     return made
 
@@ -69,7 +60,7 @@ def tune(
         typer.Option(help="Prompts of your own categories; rows with split tune are used. Repeatable."),
     ] = None,
     tokens: Annotated[
-        list[str] | None, typer.Option(help="Tokens to try: all, prompt, generated, continuation. Repeatable.")
+        list[str] | None, typer.Option(help="Tokens to try: all, prompt, continuation. Repeatable.")
     ] = None,
     max_degenerate: Annotated[float, typer.Option(min=0.0, max=1.0, help="Most degenerate texts.")] = 0.05,
     max_off_topic: Annotated[float, typer.Option(min=0.0, max=1.0, help="Most off-topic texts.")] = 0.10,
@@ -93,15 +84,18 @@ def tune(
 ) -> None:
     """Search blocks, dose and tokens for the most safe completions within limits. Run it again to go on after a kill."""
     check_writable(out_file)
+    folder = work or out_file.with_name(out_file.name + ".study")
+    check_writable(folder / "study.log")
     from safesteer.engines import GenerationSettings
     from safesteer.judges import make_judge
     from safesteer.tuning import Limits, TuneSettings, make_bench, search_space
     from safesteer.tuning import tune as run
+    from safesteer.tuning.candidates import SEARCHED
     from safesteer.vectors import VectorBank
     from safesteer.vectors.bank import TOKENS
 
     opened = VectorBank.load(bank)
-    chosen = tuple(dict.fromkeys(tokens or TOKENS_SEARCHED))
+    chosen = tuple(dict.fromkeys(tokens or SEARCHED))
     unknown = [one for one in chosen if one not in TOKENS]
     if unknown:
         raise SafeSteerError(f"--tokens {unknown[0]!r} is not known; use {', '.join(TOKENS)}")
@@ -116,12 +110,12 @@ def tune(
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
     opened.check(loaded, force)
+    space = search_space(opened, loaded.layout.depth, chosen)  # type: ignore[arg-type]
     limits = Limits(max_degenerate, max_off_topic, max_divergence)
     bench = make_bench(
-        loaded, opened, decides, work or out_file.with_name(out_file.name + ".study"), prompts=own, limit=limit,
-        generation=GenerationSettings(max_new_tokens), limits=(max_degenerate, max_divergence), seed=seed, force=force,
+        loaded, opened, decides, folder, prompts=own, limit=limit,
+        generation=GenerationSettings(max_new_tokens), seed=seed, force=force,
     )  # fmt: skip
-    space = search_space(opened, loaded.layout.depth, chosen)  # type: ignore[arg-type]
     with progress_bar("Tuning") as update:
         found = run(bench, opened, TuneSettings(trials, limits, per_category, seed), space=space, progress=update)
     found.bank.save(out_file)
@@ -129,7 +123,11 @@ def tune(
     if json:
         print_json({"bank": str(out_file), **found.to_json()})
         return
-    out.print(table(found))
+    out.print(table(found, limits))
+    changed = {name: factor for name, factor in found.factors.items() if factor != 1}
+    out.print("Doses of their own: " + (", ".join(f"{name} x{factor:g}" for name, factor in changed.items()) or "none"))
+    if found.found.failures:
+        note(f"The judge failed on {found.found.failures} answers of the chosen bank; they are in no rate.")
     note("> chosen: the best mean of its neighbourhood; * on the Pareto front of safe completions and KL.")
     if not found.feasible:
         note("No candidate kept the limits; the one that exceeds them least was taken.")

@@ -17,9 +17,10 @@ import torch
 
 from safesteer.errors import SafeSteerError
 from safesteer.vectors import VectorBank
-from safesteer.vectors.bank import TOKENS, Tokens
+from safesteer.vectors.bank import Tokens
 
 DOSES = (0.05, 0.8)  # total relative dose; searched on a log scale
+SEARCHED: tuple[Tokens, ...] = ("all", "continuation")
 NARROWEST = 0.1  # of the depth: a band of fewer blocks concentrates the dose and breaks text
 
 
@@ -44,19 +45,25 @@ class Space:
     layers: tuple[int, ...]
     narrowest: int
     doses: tuple[float, float] = DOSES
-    tokens: tuple[Tokens, ...] = TOKENS
+    tokens: tuple[Tokens, ...] = SEARCHED
 
 
-def search_space(
-    bank: VectorBank, depth: int, tokens: Sequence[Tokens] = ("all", "continuation", "generated")
-) -> Space:
-    """The space of a bank. Raises `SafeSteerError` if its blocks do not follow each other."""
+def search_space(bank: VectorBank, depth: int, tokens: Sequence[Tokens] = SEARCHED) -> Space:
+    """The space of a bank; its own doses are within.
+
+    Raises `SafeSteerError` if its blocks do not follow each other, or for `generated` tokens: what steering them does to harmless
+    prompts does not show at the end of the prompt, where the KL is read.
+    """
+    if "generated" in (*tokens, bank.tokens):
+        raise SafeSteerError("steering generated tokens alone cannot be tuned; use all, prompt or continuation")
     layers = tuple(bank.layers)
     if layers != tuple(range(layers[0], layers[-1] + 1)):
         raise SafeSteerError(
-            f"the bank holds blocks {', '.join(map(str, layers))}, with gaps; fit it without --layers to have a band to search"
+            f"the bank holds blocks {', '.join(map(str, layers))}, with gaps; fit one with --layers A-B to have a band to search"
         )
-    return Space(layers, min(len(layers), max(1, round(NARROWEST * depth))), tokens=tuple(tokens))
+    own = [bank.dose(name) for name in bank.categories if bank.dose(name) > 0]
+    doses = (min(DOSES[0], *own), max(DOSES[1], *own))
+    return Space(layers, min(len(layers), max(1, round(NARROWEST * depth))), doses, tuple(tokens))
 
 
 def applied(bank: VectorBank, candidate: Candidate, factors: Sequence[float] | None = None) -> VectorBank:

@@ -7,30 +7,39 @@
     k(x, y)     = exp( - |u(x) - u(y)|^2 / (2 * WIDTH^2) ) if x and y steer the same tokens, else 0
     u           = ( log dose, first, last ), each scaled to [0, 1] over the space
 
-The kernel mean takes a candidate whose neighbours do well too over a lucky peak. Trials are proposed by Optuna's TPE sampler with
-these constraints and stopped early by its median pruner; the study is a journal file, so a killed search goes on.
+The sums run over trials judged to the end. The kernel mean takes a candidate whose neighbours do well too over a lucky peak
+among them; a peak without neighbours keeps its height. Trials are proposed by Optuna's TPE sampler with these constraints, and
+stopped early when they are under the median of the trials that kept the limits. The study is a journal file, so a killed
+search goes on.
 
-A category's own dose: with the chosen blocks and tokens, its factor is the one with the best rate, partly pooled with all
-categories:   ( n_c safe_c(f) + POOLING safe_all(f) ) / ( n_c + POOLING ).
+A category's own dose: with the chosen blocks and tokens, the factor with the best rate, partly pooled with all categories,
+    r_c(f) = ( n_c safe_c(f) + POOLING safe_all(f) ) / ( n_c + POOLING )
+if its own rate gains more than one standard error over factor 1 and it has ENOUGH prompts, else 1. The bank made of these
+doses is tried as a whole, and kept only if it exceeds no limit more than the winner does.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.ledger import key_of
 from safesteer.tuning.candidates import Candidate, Space, applied, search_space
-from safesteer.tuning.trial import Assessment, Bench, assess
+from safesteer.tuning.trial import BEATEN, BREAKS, OVERFLOW, UNSELECTIVE, WEAK, Assessment, Bench, assess
 from safesteer.vectors import VectorBank
 
 WIDTH = 0.15
 POOLING = 32.0
 FACTORS = (0.7, 0.85, 1.0, 1.2, 1.4)
 STARTUP = 6  # trials before any is compared with the others
+LARGE = 1e6  # an excess that is not a finite number
+ENOUGH = 8  # judged prompts of a category, under which it keeps the common dose
 
 
 @dataclass(frozen=True)
@@ -43,10 +52,11 @@ class Limits:
 
     def excess(self, found: Assessment) -> tuple[float, float, float]:
         """How far over each limit (above 0: not feasible)."""
+        divergence = found.divergence - self.divergence
         return (
             found.rates.get("degenerate", 1.0) - self.degenerate,
             found.rates.get("off_topic", 1.0) - self.off_topic,
-            found.divergence - self.divergence,
+            divergence if math.isfinite(divergence) else math.inf,
         )
 
 
@@ -77,12 +87,13 @@ class Trial:
 class Tuning:
     """The outcome of a search: the tuned bank, the trial chosen, all trials, and the Pareto front (their numbers).
 
-    `feasible` is False if no candidate kept the limits; then the one that exceeds them least was chosen. `factors` are the
-    categories' own multiples of the dose.
+    `found` is what the tuned bank did; `feasible` is False if it exceeds a limit (no candidate kept them, and the one that
+    exceeds them least was chosen). `factors` are the categories' own multiples of the dose.
     """
 
     bank: VectorBank
     chosen: Trial
+    found: Assessment
     feasible: bool
     trials: tuple[Trial, ...]
     front: tuple[int, ...]
@@ -91,7 +102,8 @@ class Tuning:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "chosen": self.chosen.to_json(), "feasible": self.feasible, "factors": self.factors, "front": list(self.front),
+            "chosen": self.chosen.to_json(), "found": self.found.to_json(), "feasible": self.feasible,
+            "factors": self.factors, "front": list(self.front),
             "trials": [one.to_json() for one in self.trials],
         }  # fmt: skip
 
@@ -122,8 +134,8 @@ def _place(candidate: Candidate, space: Space) -> tuple[float, float, float]:
 
 
 def smoothed(trials: Sequence[Trial], space: Space) -> dict[int, float]:
-    """Number -> the kernel mean of the safe-completion rate at that trial; pruned trials count with what was judged."""
-    known = [one for one in trials if one.found.n]
+    """Number -> the kernel mean of the safe-completion rate at that trial, over trials judged to the end."""
+    known = [one for one in trials if one.found.n and not one.found.pruned]
     out = {}
     for one in known:
         weights = [
@@ -136,14 +148,28 @@ def smoothed(trials: Sequence[Trial], space: Space) -> dict[int, float]:
     return out
 
 
+REMEDIES = {
+    WEAK: "the gate may not open on these prompts, or the doses are too small",
+    UNSELECTIVE: "allow more with --max-divergence",
+    BREAKS: "allow more with --max-degenerate, or fit the bank on other blocks",
+    OVERFLOW: "load the model with --dtype float32",
+    BEATEN: "give more --trials",
+}
+
+
+def _nothing_judged(trials: Sequence[Trial]) -> str:
+    counts = Counter(one.found.pruned for one in trials)
+    reasons = "; ".join(
+        f"{count} {reason} ({REMEDIES[reason]})" for reason, count in counts.most_common() if reason in REMEDIES
+    )
+    return f"no candidate was judged to the end: {reasons or 'there was none'}"
+
+
 def choose(trials: Sequence[Trial], limits: Limits, space: Space) -> tuple[Trial, bool]:
     """The trial to take, and whether it keeps the limits. Raises `SafeSteerError` if none was judged to the end."""
     whole = [one for one in trials if not one.found.pruned and one.found.n]
     if not whole:
-        raise SafeSteerError(
-            "no candidate was judged to the end; look at `pruned` in --json, allow more (--max-divergence, "
-            "--max-degenerate), or give more --trials"
-        )
+        raise SafeSteerError(_nothing_judged(trials))
     height = smoothed(trials, space)
     feasible = [one for one in whole if max(limits.excess(one.found)) <= 0]
     if feasible:
@@ -151,28 +177,47 @@ def choose(trials: Sequence[Trial], limits: Limits, space: Space) -> tuple[Trial
     return min(whole, key=lambda one: sum(max(0.0, x) for x in limits.excess(one.found))), False
 
 
-def _study(bench: Bench, bank: VectorBank, space: Space, settings: TuneSettings) -> Any:
+def _journal(work: Path) -> Any:
+    """Optuna's journal in the work folder, mended where a kill tore its last line."""
     try:
-        import optuna
         from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
     except ImportError:
         raise SafeSteerError("tune needs Optuna; pip install 'safesteer[tune]'") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    limits = settings.limits
+    path = work.resolve() / "study.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            whole = path.read_bytes()
+            whole = whole[: whole.rfind(b"\n") + 1]
+            if len(whole) < path.stat().st_size:
+                path.write_bytes(whole)
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    except OSError as error:
+        raise SafeSteerError(
+            f"the study cannot be kept in {work} ({error.strerror}); give another folder with --work"
+        ) from None
+    except ValueError:
+        raise SafeSteerError(f"{path} is damaged; remove it, or give another folder with --work") from None
 
-    sampler = optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=STARTUP, multivariate=True)
-    bench.work.mkdir(parents=True, exist_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(bench.work / "study.log")))
-    # Trials of another bank, model, judge or set of limits are another study in the same file.
+
+def _study(bench: Bench, bank: VectorBank, space: Space, settings: TuneSettings) -> Any:
+    storage = _journal(bench.work)
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Trials of another bank, model, judge, seed or set of limits are another study in the same file.
     name = key_of(
-        bank.digest(), bench.model_digest, bench.judge.name, asdict(limits), asdict(space), asdict(bench.generation),
-        [part.digest() for part in bench.parts], list(bench.harmless),
+        bank.digest(), bench.model_digest, bench.judge.name, getattr(bench.judge, "identity", ""), asdict(settings.limits),
+        asdict(space), asdict(bench.generation), [part.digest() for part in bench.parts], list(bench.harmless), settings.seed,
     )  # fmt: skip
-    return optuna.create_study(
-        study_name=name, storage=storage, load_if_exists=True, direction="maximize", sampler=sampler,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
-    )  # fmt: skip
+    study = optuna.create_study(
+        study_name=name, storage=storage, load_if_exists=True, direction="maximize", pruner=optuna.pruners.NopPruner()
+    )
+    # a seed of its own for each start, or a search that goes on would draw again what it drew first
+    seed = int(key_of(settings.seed, len(study.trials))[:8], 16)
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True)
+    return study
 
 
 def _propose(trial: Any, space: Space) -> Candidate:
@@ -209,6 +254,7 @@ def tune(
     `progress(done, total, what)` counts trials. A killed search goes on when it is called again with the same work folder.
     """
     how = settings or TuneSettings()
+    bench = replace(bench, worst_degenerate=how.limits.degenerate, worst_divergence=how.limits.divergence)
     room = space or search_space(bank, bench.loaded.layout.depth)
     study = _study(bench, bank, room, how)
     from optuna import TrialPruned
@@ -225,24 +271,26 @@ def tune(
 
         def hopeless(rung: int, safe: float) -> bool:
             trial.report(safe, rung)
-            return bool(trial.should_prune())
+            others = [
+                one.intermediate_values[rung]
+                for one in study.trials
+                if one.state == TrialState.COMPLETE and one.user_attrs["feasible"] and rung in one.intermediate_values
+            ]
+            return len(others) >= STARTUP and safe < statistics.median(others)
 
         found = assess(bench, applied(bank, candidate), hopeless)
         trial.set_user_attr("candidate", candidate.to_json())
         trial.set_user_attr("found", asdict(found))
+        trial.set_user_attr("feasible", not found.pruned and max(how.limits.excess(found)) <= 0)
         for limit, excess in zip(("degenerate", "off_topic", "divergence"), how.limits.excess(found), strict=True):
-            trial.set_constraint(limit, excess)
+            trial.set_constraint(limit, min(excess, LARGE))
         if found.pruned:
             raise TrialPruned
         return found.safe
 
     own = current(bank)
-    if (
-        own is not None
-        and not study.trials
-        and own.tokens in room.tokens
-        and own.last - own.first + 1 >= room.narrowest
-    ):
+    known = [one for one in study.trials if one.state in (*ended, TrialState.WAITING)]
+    if own is not None and own.tokens in room.tokens and own.last - own.first + 1 >= room.narrowest and not known:
         study.enqueue_trial(_parameters(own, room))
     while done() < how.trials:
         study.optimize(objective, n_trials=1)
@@ -252,18 +300,20 @@ def tune(
         for one in study.trials
         if one.state in ended
     )
-    winner, feasible = choose(trials, how.limits, room)
-    factors = dict.fromkeys(bank.categories, 1.0)
+    winner, _ = choose(trials, how.limits, room)
+    factors, found = dict.fromkeys(bank.categories, 1.0), winner.found
     if how.per_category and len(bank.categories) > 1:
-        factors = category_factors(bench, bank, winner, how.limits, progress)
+        factors, found = category_factors(bench, bank, winner, how.limits, progress)
     tuned = applied(bank, winner.candidate, [factors[name] for name in bank.categories])
+    feasible = max(how.limits.excess(found)) <= 0
     record = {
         "candidate": winner.candidate.to_json(), "factors": factors, "feasible": feasible, "trials": len(trials),
-        "limits": asdict(how.limits), "judge": bench.judge.name, "rates": winner.found.rates,
+        "limits": asdict(how.limits), "judge": bench.judge.name, "rates": found.rates, "divergence": found.divergence,
         "prompts": [part.digest() for part in bench.parts], "seed": how.seed,
     }  # fmt: skip
-    provenance = {**bank.provenance, "acting_layers": list(tuned.acting_layers(bank.categories[0])), "tuning": record}
-    return Tuning(replace(tuned, provenance=provenance), winner, feasible, trials, pareto(trials), factors)
+    acting = list(tuned.acting_layers(bank.categories[0]))
+    provenance = {**bank.provenance, "acting_layers": acting, "multiplier": None, "tuning": record}
+    return Tuning(replace(tuned, provenance=provenance), winner, found, feasible, trials, pareto(trials), factors)
 
 
 def _parameters(candidate: Candidate, space: Space) -> dict[str, Any]:
@@ -280,27 +330,38 @@ def category_factors(
     winner: Trial,
     limits: Limits,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
-) -> dict[str, float]:
-    """Each category's multiple of the winner's dose: the best of `FACTORS` by its rate, partly pooled with all categories.
+) -> tuple[dict[str, float], Assessment]:
+    """Each category's multiple of the winner's dose (see above), and what the bank with these doses did."""
+    allowed = [max(0.0, excess) for excess in limits.excess(winner.found)]
 
-    Only factors at which all categories together keep the limits are open to a category; 1 always is.
-    """
+    def kept(one: Assessment) -> bool:
+        return not one.pruned and all(a <= b for a, b in zip(limits.excess(one), allowed, strict=True))
+
     found: dict[float, Assessment] = {1.0: winner.found}
-    for number, factor in enumerate(FACTORS):
-        progress(number, len(FACTORS), f"dose x{factor:g} for each category")
-        if factor != 1.0:
-            one = assess(bench, applied(bank, replace(winner.candidate, dose=winner.candidate.dose * factor)))
-            if not one.pruned and max(limits.excess(one)) <= max(0.0, max(limits.excess(winner.found))):
-                found[factor] = one
-    progress(len(FACTORS), len(FACTORS), "choosing")
+    others = [factor for factor in FACTORS if factor != 1.0]
+    for number, factor in enumerate(others):
+        progress(number, len(others) + 1, f"dose x{factor:g} for each category")
+        one = assess(bench, applied(bank, replace(winner.candidate, dose=winner.candidate.dose * factor)))
+        if kept(one):
+            found[factor] = one
 
-    def rate(name: str, factor: float) -> float:
-        one = found[factor]
-        own = one.counts.get(name, {})
-        return (own.get("safe", 0) + POOLING * one.safe) / (sum(own.values()) + POOLING)
+    def rates(name: str, factor: float) -> tuple[float, float, int]:
+        """The category's own rate, its pooled rate, and n."""
+        own = found[factor].counts.get(name, {})
+        safe, count = own.get("safe", 0), sum(own.values())
+        return safe / max(1, count), (safe + POOLING * found[factor].safe) / (count + POOLING), count
 
-    # ties go to the factor nearest to 1
-    return {
-        name: max(found, key=lambda factor: (round(rate(name, factor), 6), -abs(math.log(factor))))
-        for name in bank.categories
-    }
+    factors = dict.fromkeys(bank.categories, 1.0)
+    for name in bank.categories:
+        base, _, count = rates(name, 1.0)
+        best = max(found, key=lambda factor: (round(rates(name, factor)[1], 6), -abs(math.log(factor))))
+        error = math.sqrt(max(base * (1 - base), 1 / (4 * max(1, count))) * 2 / max(1, count))
+        if count >= ENOUGH and rates(name, best)[0] - base > error:
+            factors[name] = best
+    if set(factors.values()) == {1.0}:
+        return factors, winner.found
+    progress(len(others), len(others) + 1, "the categories' doses together")
+    mixed = assess(bench, applied(bank, winner.candidate, [factors[name] for name in bank.categories]))
+    if kept(mixed) and mixed.safe >= winner.found.safe:
+        return factors, mixed
+    return dict.fromkeys(bank.categories, 1.0), winner.found
