@@ -372,3 +372,11 @@ def test_an_outcome_that_never_happened_has_no_segment() -> None:
     )
     chart = report.outcome_bars([line], "Outcomes")
     assert chart.count("<rect") == 1 and "100% to" not in chart and "80% to 100%" in chart
+
+
+def test_the_quality_of_a_judge_is_said_in_short_where_its_card_has_figures_on_unseen_responses() -> None:
+    held_out = {"n": 1089, "macro_f1": 0.769, "unsafe_auroc": 0.895, "f1": {"unsafe": 0.692}}
+    said = report.quality({"trained_on": 7197, "held_out": held_out})
+    assert "1,089 responses to prompts it never saw" in said
+    assert said.endswith("macro-F1 0.77, AUROC of unsafe 0.90")
+    assert report.quality({"accuracy": 0.5}) == "its measured quality: accuracy: 0.5"

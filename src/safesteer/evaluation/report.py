@@ -126,6 +126,20 @@ def plain(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+QUALITIES = {"macro_f1": "macro-F1", "unsafe_auroc": "AUROC of unsafe", "kappa": "kappa", "accuracy": "accuracy"}
+
+
+def quality(card: Mapping[str, Any]) -> str:
+    """What a judge's card measured, in short: its figures on responses it never saw where it has some, else all of it."""
+    unseen = card.get("held_out")
+    if not isinstance(unseen, Mapping) or "n" not in unseen:
+        return f"its measured quality: {plain(card)}"
+    figures = [
+        f"{words} {unseen[name]:.2f}" for name, words in QUALITIES.items() if isinstance(unseen.get(name), float)
+    ]
+    return f"on {unseen['n']:,} responses to prompts it never saw, against people or readers: {', '.join(figures)}"
+
+
 def title(category: str | None) -> str:
     """The name of a category for people."""
     if category is None:
@@ -549,7 +563,14 @@ def render(results: Results, responses: Sequence[Row]) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update(
-        percent=percent, span=span, points=points, number=number, plain=plain, category=title, outcome=outcome_title
+        quality=quality,
+        percent=percent,
+        span=span,
+        points=points,
+        number=number,
+        plain=plain,
+        category=title,
+        outcome=outcome_title,
     )
     environment.globals.update(outcome_bars=outcome_bars, interval_dots=interval_dots, Line=Line)
     template = (resources.files("safesteer.evaluation") / "templates" / "report.html").read_text(encoding="utf-8")
