@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Table
@@ -16,6 +16,7 @@ from safesteer.files import check_writable
 
 if TYPE_CHECKING:
     from safesteer.tuning import Limits, Tuning
+    from safesteer.vectors.bank import Tokens
 
 SHOWN = 12
 
@@ -39,7 +40,7 @@ def table(tuning: Tuning, limits: Limits) -> Table:
         found, candidate = one.found, one.candidate
         chosen = one.number == tuning.chosen.number
         mark = ">" if chosen else "*" if one.number in tuning.front else ""
-        over = "" if found.pruned or max(limits.excess(found)) <= 0 else "over a limit"
+        over = "" if found.pruned or limits.kept(found) else "over a limit"
         rates = [f"{100 * found.rates[name]:.0f}" if found.rates else "" for name in
                  ("safe", "unsafe", "refusal", "off_topic", "degenerate")]  # fmt: skip
         made.add_row(
@@ -85,7 +86,8 @@ def tune(
     """Search blocks, dose and tokens for the most safe completions within limits. Run it again to go on after a kill."""
     check_writable(out_file)
     folder = work or out_file.with_name(out_file.name + ".study")
-    check_writable(folder / "study.log")
+    if folder.exists() and not folder.is_dir():
+        raise SafeSteerError(f"--work {folder} is a file; name a folder")
     from safesteer.engines import GenerationSettings
     from safesteer.judges import make_judge
     from safesteer.tuning import Limits, TuneSettings, make_bench, search_space
@@ -95,10 +97,10 @@ def tune(
     from safesteer.vectors.bank import TOKENS
 
     opened = VectorBank.load(bank)
-    chosen = tuple(dict.fromkeys(tokens or SEARCHED))
-    unknown = [one for one in chosen if one not in TOKENS]
+    unknown = [one for one in tokens or () if one not in TOKENS]
     if unknown:
         raise SafeSteerError(f"--tokens {unknown[0]!r} is not known; use {', '.join(TOKENS)}")
+    chosen = cast("tuple[Tokens, ...]", tuple(dict.fromkeys(tokens or SEARCHED)))
     if judge == "rules":
         raise SafeSteerError(
             "the judge rules reads no harm, so every dose would look safe to it; use offline or a guard"
@@ -110,7 +112,7 @@ def tune(
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
     opened.check(loaded, force)
-    space = search_space(opened, loaded.layout.depth, chosen)  # type: ignore[arg-type]
+    space = search_space(opened, loaded.layout.depth, chosen)
     limits = Limits(max_degenerate, max_off_topic, max_divergence)
     bench = make_bench(
         loaded, opened, decides, folder, prompts=own, limit=limit,

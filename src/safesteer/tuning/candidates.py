@@ -47,6 +47,10 @@ class Space:
     doses: tuple[float, float] = DOSES
     tokens: tuple[Tokens, ...] = SEARCHED
 
+    def room(self, first: int) -> int:
+        """How many blocks a band from `first` may have beyond the narrowest."""
+        return self.layers[-1] - (first + self.narrowest - 1)
+
 
 def search_space(bank: VectorBank, depth: int, tokens: Sequence[Tokens] = SEARCHED) -> Space:
     """The space of a bank; its own doses are within.
@@ -62,7 +66,7 @@ def search_space(bank: VectorBank, depth: int, tokens: Sequence[Tokens] = SEARCH
             f"the bank holds blocks {', '.join(map(str, layers))}, with gaps; fit one with --layers A-B to have a band to search"
         )
     own = [bank.dose(name) for name in bank.categories if bank.dose(name) > 0]
-    doses = (min(DOSES[0], *own), max(DOSES[1], *own))
+    doses = (min([DOSES[0], *own]), max([DOSES[1], *own]))
     return Space(layers, min(len(layers), max(1, round(NARROWEST * depth))), doses, tuple(tokens))
 
 

@@ -59,6 +59,10 @@ class Limits:
             divergence if math.isfinite(divergence) else math.inf,
         )
 
+    def kept(self, found: Assessment) -> bool:
+        """Whether no limit is exceeded."""
+        return max(self.excess(found)) <= 0
+
 
 @dataclass(frozen=True)
 class TuneSettings:
@@ -110,7 +114,7 @@ class Tuning:
 
 def pareto(trials: Sequence[Trial]) -> tuple[int, ...]:
     """Numbers of the trials that no other beats both in safe completions (more) and in KL on harmless prompts (less)."""
-    whole = [one for one in trials if not one.found.pruned]
+    whole = [one for one in trials if one.found.whole]
 
     def beaten(one: Trial) -> bool:
         return any(
@@ -135,7 +139,7 @@ def _place(candidate: Candidate, space: Space) -> tuple[float, float, float]:
 
 def smoothed(trials: Sequence[Trial], space: Space) -> dict[int, float]:
     """Number -> the kernel mean of the safe-completion rate at that trial, over trials judged to the end."""
-    known = [one for one in trials if one.found.n and not one.found.pruned]
+    known = [one for one in trials if one.found.whole]
     out = {}
     for one in known:
         weights = [
@@ -167,11 +171,11 @@ def _nothing_judged(trials: Sequence[Trial]) -> str:
 
 def choose(trials: Sequence[Trial], limits: Limits, space: Space) -> tuple[Trial, bool]:
     """The trial to take, and whether it keeps the limits. Raises `SafeSteerError` if none was judged to the end."""
-    whole = [one for one in trials if not one.found.pruned and one.found.n]
+    whole = [one for one in trials if one.found.whole]
     if not whole:
         raise SafeSteerError(_nothing_judged(trials))
     height = smoothed(trials, space)
-    feasible = [one for one in whole if max(limits.excess(one.found)) <= 0]
+    feasible = [one for one in whole if limits.kept(one.found)]
     if feasible:
         return max(feasible, key=lambda one: height[one.number]), True
     return min(whole, key=lambda one: sum(max(0.0, x) for x in limits.excess(one.found))), False
@@ -224,8 +228,7 @@ def _propose(trial: Any, space: Space) -> Candidate:
     first = trial.suggest_int("first", space.layers[0], space.layers[-1] - space.narrowest + 1)
     # the bounds of a parameter must not depend on another, or the sampler cannot learn them together
     width = trial.suggest_float("width", 0.0, 1.0)
-    room = space.layers[-1] - (first + space.narrowest - 1)
-    last = first + space.narrowest - 1 + round(width * room)
+    last = first + space.narrowest - 1 + round(width * space.room(first))
     dose = trial.suggest_float("dose", *space.doses, log=True)
     tokens = trial.suggest_categorical("tokens", list(space.tokens)) if len(space.tokens) > 1 else space.tokens[0]
     return Candidate(first, last, dose, tokens)
@@ -274,14 +277,15 @@ def tune(
             others = [
                 one.intermediate_values[rung]
                 for one in study.trials
-                if one.state == TrialState.COMPLETE and one.user_attrs["feasible"] and rung in one.intermediate_values
+                if one.state == TrialState.COMPLETE
+                and rung in one.intermediate_values
+                and how.limits.kept(Assessment(**one.user_attrs["found"]))
             ]
             return len(others) >= STARTUP and safe < statistics.median(others)
 
         found = assess(bench, applied(bank, candidate), hopeless)
         trial.set_user_attr("candidate", candidate.to_json())
         trial.set_user_attr("found", asdict(found))
-        trial.set_user_attr("feasible", not found.pruned and max(how.limits.excess(found)) <= 0)
         for limit, excess in zip(("degenerate", "off_topic", "divergence"), how.limits.excess(found), strict=True):
             trial.set_constraint(limit, min(excess, LARGE))
         if found.pruned:
@@ -305,7 +309,7 @@ def tune(
     if how.per_category and len(bank.categories) > 1:
         factors, found = category_factors(bench, bank, winner, how.limits, progress)
     tuned = applied(bank, winner.candidate, [factors[name] for name in bank.categories])
-    feasible = max(how.limits.excess(found)) <= 0
+    feasible = how.limits.kept(found)
     record = {
         "candidate": winner.candidate.to_json(), "factors": factors, "feasible": feasible, "trials": len(trials),
         "limits": asdict(how.limits), "judge": bench.judge.name, "rates": found.rates, "divergence": found.divergence,
@@ -318,7 +322,7 @@ def tune(
 
 def _parameters(candidate: Candidate, space: Space) -> dict[str, Any]:
     """The candidate as Optuna's parameters (the inverse of `_propose`)."""
-    room = space.layers[-1] - (candidate.first + space.narrowest - 1)
+    room = space.room(candidate.first)
     width = (candidate.last - candidate.first + 1 - space.narrowest) / room if room else 0.0
     named = {"first": candidate.first, "width": width, "dose": candidate.dose}
     return named | ({"tokens": candidate.tokens} if len(space.tokens) > 1 else {})

@@ -59,6 +59,11 @@ class Assessment:
         """The safe-completion rate."""
         return self.rates.get("safe", 0.0)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it was judged to the end."""
+        return bool(self.n) and not self.pruned
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the interval of the safe-completion rate."""
         interval = wilson(round(self.safe * self.n), self.n).model_dump() if self.n else None
@@ -148,9 +153,8 @@ def make_bench(
     )
 
 
-def _screen(bench: Bench, bank: VectorBank) -> tuple[float, float]:
+def _screen(bench: Bench, bank: VectorBank, policy: Policy) -> tuple[float, float]:
     """Mean next-token KL on harmful and on harmless prompts."""
-    policy = Policy.default(bank).resolved(bank)
     harmful = [row.prompt for row in bench.parts[0]]
     ledger = Ledger(bench.work / "screen.jsonl")
     found = []
@@ -167,20 +171,20 @@ def assess(
     bench: Bench,
     bank: VectorBank,
     hopeless: Callable[[int, float], bool] = lambda rung, safe: False,
-    progress: Callable[[int], None] = lambda count: None,
 ) -> Assessment:
-    """Try a bank under its default policy. `hopeless(rung, safe so far)` says whether to stop; `progress` counts responses.
+    """Try a bank under its default policy. `hopeless(rung, safe so far)` says whether to stop.
 
     Responses and judgements go through ledgers in the work folder, so that a trial repeated after a kill costs nothing.
     """
-    effect, divergence = _screen(bench, bank)
+    policy = Policy.default(bank).resolved(bank)
+    effect, divergence = _screen(bench, bank, policy)
     if not (math.isfinite(effect) and math.isfinite(divergence)):
         return Assessment(pruned=OVERFLOW)
     if effect < WEAKEST:
         return Assessment(divergence=divergence, effect=effect, pruned=WEAK)
     if divergence > bench.worst_divergence:
         return Assessment(divergence=divergence, effect=effect, pruned=UNSELECTIVE)
-    condition = Condition("candidate", "default", Policy.default(bank).resolved(bank), bank)
+    condition = Condition("candidate", "default", policy, bank)
     responses = Ledger(bench.work / "responses.jsonl")
     judgements = Ledger(bench.work / f"judge-{key_of(bench.judge.name)}.jsonl")
     counts: dict[str, Counter[str]] = {}
@@ -189,7 +193,7 @@ def assess(
     for number, part in enumerate(bench.parts):
         rows = respond(
             bench.loaded, [part], [condition], bench.generation, responses,
-            model_digest=bench.model_digest, force=bench.force, progress=progress,
+            model_digest=bench.model_digest, force=bench.force,
         )  # fmt: skip
         failed, why = 0, ""
         broken = sum(degeneration(row["response"]) >= HALF for row in rows) / len(rows)
