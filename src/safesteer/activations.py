@@ -3,6 +3,8 @@
 For prompt x with tokens t = 1..T:
     last:  a_l(x) = h_l(x, T)                        the last token, where the answer begins
     mean:  a_l(x) = mean of h_l(x, t) over the user's own words (no BOS, no template)
+    tail:  a_l(x) = mean of h_l(x, t) / ||h_l(x, t)|| over the last TAIL tokens, for the gate: chat templates end in a
+           few tokens that each hold a summary of the prompt
 
 Prompts are batched by length; nothing is computed beyond the last layer asked for, no logits and no list of all hidden
 states are kept, and no padded token is ever pooled.
@@ -23,6 +25,8 @@ from safesteer.models.loading import LoadedModel
 
 Position = Literal["last", "mean"]
 POSITIONS: tuple[Position, ...] = get_args(Position)
+Pooling = Literal["last", "mean", "tail"]
+TAIL = 6
 BATCH_TOKENS = 2048  # padded tokens in a batch: large enough to fill a CPU or GPU, small enough for memory
 
 
@@ -30,17 +34,29 @@ BATCH_TOKENS = 2048  # padded tokens in a batch: large enough to fill a CPU or G
 class Activations:
     """Pooled activations of some prompts.
 
-    `values[site, position]`: fp32 `[layers, prompts, width]`, in the order of `layers` and of the prompts given.
+    `values[site, pooling]`: fp32 `[layers, prompts, width]`, in the order of `layers` and of the prompts given.
     `residual_norms`: fp32 `[layers]`, mean L2 norm of the residual stream over the prompts' own tokens.
     """
 
     layers: tuple[int, ...]
-    values: dict[tuple[Site, Position], torch.Tensor]
+    values: dict[tuple[Site, Pooling], torch.Tensor]
     residual_norms: torch.Tensor
 
-    def at(self, site: Site, position: Position, layer: int) -> torch.Tensor:
+    def at(self, site: Site, position: Pooling, layer: int) -> torch.Tensor:
         """fp32 `[prompts, width]` at a layer (0-based)."""
         return self.values[site, position][self.layers.index(layer)]
+
+
+def tail_mean(hidden: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """fp32 `[rows, width]`: the mean of the last `TAIL` tokens' states, each of unit length.
+
+    `hidden` is `[rows, tokens, width]`; `first` and `last` are the positions of each row's first and last token `[rows]`.
+    In a row of fewer tokens the first one counts for those that lack.
+    """
+    rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
+    back = torch.arange(TAIL, device=hidden.device)
+    tokens = torch.maximum(last.to(hidden.device).unsqueeze(1) - back, first.to(hidden.device).unsqueeze(1))
+    return torch.nn.functional.normalize(hidden[rows, tokens].float(), dim=-1).mean(dim=1)
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: ends a forward pass once the last layer needed has been read
@@ -108,7 +124,7 @@ def collect(
     prompts: Sequence[EncodedPrompt],
     layers: Sequence[int],
     sites: Sequence[Site] = ("residual",),
-    positions: Sequence[Position] = ("last",),
+    positions: Sequence[Pooling] = ("last",),
     *,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda count: None,
@@ -149,6 +165,8 @@ def collect(
                 for position in positions if site in sites else ():
                     if position == "last":
                         pooled = hidden[torch.arange(len(batch), device=hidden.device), last.to(hidden.device)].float()
+                    elif position == "tail":
+                        pooled = tail_mean(hidden, torch.zeros_like(last), last)
                     else:
                         pooled = torch.einsum("btd,bt->bd", hidden.float(), weights) / weights.sum(1, keepdim=True)
                     values[site, position][slot, batch] = pooled.cpu()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from safesteer.activations import run_until
+from safesteer.activations import run_until, tail_mean
 from safesteer.engines.steering import Hooks, last_tokens
 from safesteer.errors import SteeringError
 from safesteer.models import LoadedModel
@@ -76,12 +76,15 @@ class Steerer:
         if gate is None:
             raise SteeringError("the bank has no gate")
         rows, count = input_ids.shape
-        last = torch.full((rows,), count - 1) if attention_mask is None else last_tokens(attention_mask).cpu()
-        collected: dict[int, torch.Tensor] = {}
+        first, last = torch.zeros(rows, dtype=torch.long), torch.full((rows,), count - 1)
+        if attention_mask is not None:
+            first, last = attention_mask.long().argmax(dim=1).cpu(), last_tokens(attention_mask).cpu()
+        collected: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def tap(layer: int) -> Any:
             def keep(hidden: torch.Tensor) -> None:
-                collected[layer] = hidden[torch.arange(rows), last.to(hidden.device)].float().cpu()
+                at_last = hidden[torch.arange(rows), last.to(hidden.device)].float().cpu()
+                collected[layer] = (at_last, tail_mean(hidden, first, last).cpu())
 
             return keep
 
@@ -92,7 +95,7 @@ class Steerer:
             run_until(self.loaded, max(gate.layers), taps, input_ids=input_ids, **extra)
         finally:
             self._reading = False
-        return gate.read(torch.stack([collected[layer] for layer in gate.layers], dim=1))
+        return gate.read(torch.stack([collected[layer][kind] for kind in (0, 1) for layer in gate.layers], dim=1))
 
     def _prepare(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
         """Read the prompts where a policy asks for it, decide, and hand the deltas to the hooks."""

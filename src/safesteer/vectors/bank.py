@@ -27,7 +27,7 @@ from safesteer.models import Fingerprint, LoadedModel, Site, fingerprint
 from safesteer.vectors.gate import Gate
 
 FORMAT = "safesteer-bank"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STRENGTH_CEILING = 2.0
 
 Tokens = Literal["all", "prompt", "generated", "continuation"]
@@ -120,6 +120,7 @@ class VectorBank:
         tensors = {"directions": self.directions, "doses": self.doses, "residual_norms": self.residual_norms}
         if self.gate is not None:
             tensors |= {
+                "gate.centres": self.gate.centres,
                 "gate.weights": self.gate.weights,
                 "gate.biases": self.gate.biases,
                 "gate.floors": self.gate.floors,
@@ -186,6 +187,7 @@ class VectorBank:
             gate = Gate(
                 layers=tuple(header["gate"]["layers"]),
                 categories=tuple(header["gate"]["categories"]),
+                centres=tensors["gate.centres"],
                 weights=tensors["gate.weights"],
                 biases=tensors["gate.biases"],
                 floors=tensors["gate.floors"],

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from safesteer import taxonomy
-from safesteer.activations import Activations, Position, collect
+from safesteer.activations import Activations, Pooling, Position, collect
 from safesteer.errors import PromptFileError, SafeSteerError
 from safesteer.models import EncodedPrompt, LoadedModel, Site, encode, fingerprint
 from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
@@ -31,7 +31,7 @@ Harmless = Literal["auto", "matched", "builtin"]
 # Fractions of the depth, chosen on the tune split of the embedded model (docs/method.md).
 BAND = (0.2, 0.7)  # layers whose directions are kept, so that a policy can choose among them
 ACTING = (0.4, 0.7)  # layers that act by default
-GATE = (0.3, 0.4, 0.5, 0.6)  # layers that the gate reads
+GATE = (0.4, 0.5, 0.6)  # layers that the gate reads
 DOSE = 0.28  # total relative dose over the acting layers
 SHRINKAGE = 0.5  # how far category directions are moved towards the one they share
 PAPER_LAYERS = (14 / 32, 16 / 32, 20 / 32, 25 / 32, 31 / 32)  # the layers the paper tried, of 32; the first acts
@@ -150,7 +150,7 @@ def fit(
     encoded = _encode_all(loaded, [row.text for row in rows])
     layers = sorted({*chosen.kept_layers, *(chosen.gate_layers if chosen.gate else ())})
     sites: tuple[Site, ...] = tuple(dict.fromkeys([chosen.site, *(["residual"] if chosen.gate else [])]))  # type: ignore[list-item]
-    positions: tuple[Position, ...] = tuple(dict.fromkeys([chosen.position, *(["last"] if chosen.gate else [])]))  # type: ignore[list-item]
+    positions: tuple[Pooling, ...] = tuple(dict.fromkeys([chosen.position, *(["last", "tail"] if chosen.gate else [])]))  # type: ignore[list-item]
     done = 0
 
     def count(more: int) -> None:
@@ -266,7 +266,8 @@ def _assemble(
 
 def _gate(rows: list[_Row], activations: Activations, chosen: CompleteSettings) -> Gate:
     slots = [activations.layers.index(layer) for layer in chosen.gate_layers]
-    stacked = activations.values["residual", "last"][slots].transpose(0, 1)
+    poolings: tuple[Pooling, ...] = ("last", "tail")
+    stacked = torch.cat([activations.values["residual", one][slots] for one in poolings]).transpose(0, 1)
     return fit_gate(
         stacked,
         chosen.gate_layers,

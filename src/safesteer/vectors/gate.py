@@ -1,6 +1,7 @@
 """Reading the risk of a prompt: is it harmful, and which category is it about?
 
-From the residual stream at the last prompt token, at a few layers, each scaled to unit length and joined to x:
+From the residual stream at a few layers, at the last prompt token and averaged over the last few (`activations.tail_mean`); each
+scaled to unit length, less its mean over the prompts of the fit, scaled again, and joined to x:
 
     risk      r(x)   = v . x + b          ridge regression, harmful 1 against harmless 0 (closed form, no gradients)
     topic     t_c(x) = u_c . x + b_c      ridge regression, category c (harmful and matched) 1 against everything else 0
@@ -46,12 +47,14 @@ class Reading:
 class Gate:
     """A fitted gate.
 
-    `weights`: `[1 + categories, layers * width]`, risk first; `biases`: `[1 + categories]`; `floors`: `[categories]`.
+    `centres`: `[2 * layers, width]`, the means; `weights`: `[1 + categories, 2 * layers * width]`, risk first;
+    `biases`: `[1 + categories]`; `floors`: `[categories]`.
     `quality` holds what cross-validation measured (AUROC of risk against each kind of harmless prompt).
     """
 
     layers: tuple[int, ...]
     categories: tuple[str, ...]
+    centres: torch.Tensor
     weights: torch.Tensor
     biases: torch.Tensor
     floors: torch.Tensor
@@ -60,11 +63,13 @@ class Gate:
     quality: dict[str, float]
 
     def scores(self, activations: torch.Tensor) -> torch.Tensor:
-        """`[rows, 1 + categories]` from residual activations `[rows, layers, width]`: risk, then topics."""
-        return features(activations) @ self.weights.T.to(activations.device) + self.biases.to(activations.device)
+        """`[rows, 1 + categories]` from `[rows, 2 * layers, width]` (see `read`): risk, then topics."""
+        return features(activations, self.centres.to(activations.device)) @ self.weights.T.to(
+            activations.device
+        ) + self.biases.to(activations.device)
 
     def read(self, activations: torch.Tensor) -> list[Reading]:
-        """One `Reading` a row, from the residual stream at the last prompt token `[rows, layers, width]`."""
+        """One `Reading` a row, from `[rows, 2 * layers, width]`: the layers at the last prompt token, then their tail means."""
         scores = self.scores(activations.float()).cpu()
         readings = []
         for row in scores:
@@ -82,9 +87,13 @@ class Gate:
         return readings
 
 
-def features(activations: torch.Tensor) -> torch.Tensor:
-    """`[rows, layers, width]` -> `[rows, layers * width]`, every layer scaled to unit length."""
-    return torch.nn.functional.normalize(activations.float(), dim=-1).flatten(1)
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(x.float(), dim=-1)
+
+
+def features(activations: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """`[rows, slots, width]` -> `[rows, slots * width]`; `centres` is `[slots, width]`."""
+    return _unit(_unit(activations) - centres).flatten(1)
 
 
 def ridge(
@@ -130,7 +139,7 @@ def fit_gate(
     false_alarm_low: float = FALSE_ALARM_LOW,
     false_alarm_high: float = FALSE_ALARM_HIGH,
 ) -> Gate:
-    """Fit a gate on residual activations `[n, layers, width]`.
+    """Fit a gate on residual activations `[n, 2 * layers, width]` (see `Gate.read`).
 
     `labels`: the category each prompt is about (None: none); `harmful`: whether it asks for harm; `groups`: subtopics,
     which are never split over folds; `kinds`: what each prompt is (`harmful`, `matched`, `pool`, `soundalike`). Thresholds
@@ -140,7 +149,8 @@ def fit_gate(
     is_harmful = torch.tensor(list(harmful))
     if not categories or not bool(is_harmful.any()) or bool(is_harmful.all()):
         raise SafeSteerError("a gate needs harmful and harmless prompts of at least one category")
-    x = features(activations).double()
+    centres = _unit(activations).mean(dim=0)
+    x = features(activations, centres).double()
     targets = torch.stack(
         [is_harmful.double(), *(torch.tensor([label == name for label in labels]).double() for name in categories)],
         dim=1,
@@ -174,4 +184,6 @@ def fit_gate(
             quality[f"opened_{k}"] = round(float((risk[rows] > low).double().mean()), 4)
     quality["opened_harmful"] = round(float((risk[is_harmful] > low).double().mean()), 4)
     weights, biases = ridge(x, targets, weights=row_weights)
-    return Gate(tuple(layers), categories, weights.float(), biases.float(), torch.tensor(floors), low, high, quality)
+    return Gate(
+        tuple(layers), categories, centres, weights.float(), biases.float(), torch.tensor(floors), low, high, quality
+    )
