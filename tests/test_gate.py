@@ -9,27 +9,27 @@ from safesteer.engines import GenerationSettings, Request, Steerer, generate
 from safesteer.errors import SafeSteerError
 from safesteer.models import LoadedModel
 from safesteer.policy import Policy
-from safesteer.vectors.gate import auroc, fit_gate, ridge
+from safesteer.vectors.gate import auroc, fit_gate, ridge, strongest
 from tests.test_invariants import TEXTS, batch, logits
 from tests.tiny import bank_for
 
 
 def planted(count: int = 60, layers: int = 2, width: int = 16) -> dict[str, object]:
-    """Activations with a planted risk direction and two planted topics."""
+    """Turns of eight tokens with a planted risk direction and two planted topics."""
     generator = torch.Generator().manual_seed(5)
     risk, topic_a, topic_b = torch.eye(width)[:3]
     values, labels, harmful, groups, kinds = [], [], [], [], []
     for index in range(count):
         for label, topic in (("a", topic_a), ("b", topic_b), (None, torch.zeros(width))):
             for is_harmful in (True, False) if label else (False,):
-                noise = torch.randn(layers, width, generator=generator) * 0.15
+                noise = torch.randn(layers, 8, width, generator=generator) * 0.3
                 values.append(noise + topic + risk * float(is_harmful) + 0.5)
                 labels.append(label)
                 harmful.append(is_harmful)
                 groups.append(f"{label}/{index % 10}")
                 kinds.append("harmful" if is_harmful else "matched" if label else "pool")
     return {
-        "activations": torch.stack(values), "layers": range(layers), "labels": labels, "harmful": harmful,
+        "turns": values, "words": [6] * len(values), "layers": range(layers), "labels": labels, "harmful": harmful,
         "groups": groups, "kinds": kinds,
     }  # fmt: skip
 
@@ -39,7 +39,7 @@ def test_a_planted_risk_is_read_and_its_category_named() -> None:
     gate = fit_gate(**data)  # type: ignore[arg-type]
     assert gate.quality["auroc_against_pool"] > 0.99
     assert gate.quality["auroc_against_matched"] > 0.95
-    readings = gate.read(data["activations"])  # type: ignore[arg-type]
+    readings = gate.read(data["turns"])  # type: ignore[arg-type]
     right = [
         reading.categories == (label,) if is_harmful else True
         for reading, label, is_harmful in zip(readings, data["labels"], data["harmful"], strict=True)  # type: ignore[call-overload]
@@ -47,6 +47,44 @@ def test_a_planted_risk_is_read_and_its_category_named() -> None:
     assert sum(right) / len(right) > 0.95
     calm = [r for r, kind in zip(readings, data["kinds"], strict=True) if kind == "pool"]  # type: ignore[call-overload]
     assert sum(bool(r.categories) for r in calm) / len(calm) <= 0.12
+
+
+def test_harm_in_the_midst_of_a_long_harmless_prompt_is_read_where_it_stands() -> None:
+    data = planted()
+    gate = fit_gate(**data)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(9)
+    risk, topic = torch.eye(16)[:2]
+    calm = torch.randn(2, 120, 16, generator=generator) * 0.3 + 0.5
+    hidden = calm.clone()
+    hidden[:, 40:60] += risk + topic
+    without, with_harm = gate.read([calm, hidden])
+    assert not without.categories
+    assert with_harm.categories == ("a",)
+    tokens = torch.tensor(with_harm.tokens)
+    assert 40 <= int(tokens.argmax()) < 60
+    assert float(tokens[40:60].mean()) > float(tokens[:40].mean()) + 2
+
+
+def test_the_risk_joins_ending_and_passage() -> None:
+    data = planted()
+    gate = fit_gate(**data)  # type: ignore[arg-type]
+    turn = data["turns"][0]  # type: ignore[index]
+    states = torch.nn.functional.normalize(
+        torch.nn.functional.normalize(turn, dim=-1) - gate.centres.unsqueeze(1), dim=-1
+    )
+    ends = torch.cat([states[0, -1], states[1, -1], states[0, -6:].mean(0), states[1, -6:].mean(0)])
+    a = gate.weights[0] @ ends + gate.biases[0]
+    b = (states * gate.token_weights.unsqueeze(1)).sum(dim=(0, 2)).mean() + gate.token_bias[0]
+    z = [(value - gate.calm[i, 0]) / gate.calm[i, 1] for i, value in enumerate((a, b))]
+    expected = torch.log(z[0].exp() + z[1].exp())
+    assert gate.read([turn])[0].risk == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_strongest_is_the_best_window() -> None:
+    scores = torch.zeros(50)
+    scores[20:36] = 2.0
+    assert float(strongest(scores)) == pytest.approx(2.0)
+    assert float(strongest(torch.tensor([1.0, 3.0]))) == pytest.approx(2.0)
 
 
 def test_shuffled_labels_read_nothing() -> None:

@@ -11,7 +11,7 @@ import safesteer
 
 ROOT = Path(safesteer.__file__).parent
 ORDER = [
-    "errors", "files", "taxonomy", "prompts", "models", "activations", "vectors", "policy", "engines", "judges",
+    "errors", "files", "taxonomy", "prompts", "models", "activations", "answers", "vectors", "policy", "engines", "judges",
     "evaluation", "tuning", "integrations", "explain", "server", "cli",
 ]  # fmt: skip
 

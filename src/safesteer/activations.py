@@ -3,8 +3,8 @@
 For prompt x with tokens t = 1..T:
     last:  a_l(x) = h_l(x, T)                        the last token, where the answer begins
     mean:  a_l(x) = mean of h_l(x, t) over the user's own words (no BOS, no template)
-    tail:  a_l(x) = mean of h_l(x, t) / ||h_l(x, t)|| over the last TAIL tokens, for the gate: chat templates end in a
-           few tokens that each hold a summary of the prompt
+
+and, for a gate, h_l(x, t) / ||h_l(x, t)|| of every token from the start of the last user's message on (`turns`).
 
 Prompts are batched by length; nothing is computed beyond the last layer asked for, no logits and no list of all hidden
 states are kept, and no padded token is ever pooled.
@@ -13,20 +13,17 @@ states are kept, and no padded token is ever pooled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from safesteer.errors import SafeSteerError
-from safesteer.models.chat import EncodedPrompt
+from safesteer.models.chat import EncodedPrompt, turn_marker, turn_start
 from safesteer.models.layout import Site, hidden_of
 from safesteer.models.loading import LoadedModel
 
 Position = Literal["last", "mean"]
-POSITIONS: tuple[Position, ...] = get_args(Position)
-Pooling = Literal["last", "mean", "tail"]
-TAIL = 6
 BATCH_TOKENS = 2048  # padded tokens in a batch: large enough to fill a CPU or GPU, small enough for memory
 
 
@@ -34,29 +31,21 @@ BATCH_TOKENS = 2048  # padded tokens in a batch: large enough to fill a CPU or G
 class Activations:
     """Pooled activations of some prompts.
 
-    `values[site, pooling]`: fp32 `[layers, prompts, width]`, in the order of `layers` and of the prompts given.
+    `values[site, position]`: fp32 `[layers, prompts, width]`, in the order of `layers` and of the prompts given.
     `residual_norms`: fp32 `[layers]`, mean L2 norm of the residual stream over the prompts' own tokens.
+    `turns`: one fp16 tensor a prompt, `[turn layers, tokens, width]`, tokens of unit length, of which the
+    first `words` are the user's own; both empty where none was asked for.
     """
 
     layers: tuple[int, ...]
-    values: dict[tuple[Site, Pooling], torch.Tensor]
+    values: dict[tuple[Site, Position], torch.Tensor]
     residual_norms: torch.Tensor
+    turns: list[torch.Tensor] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
 
-    def at(self, site: Site, position: Pooling, layer: int) -> torch.Tensor:
+    def at(self, site: Site, position: Position, layer: int) -> torch.Tensor:
         """fp32 `[prompts, width]` at a layer (0-based)."""
         return self.values[site, position][self.layers.index(layer)]
-
-
-def tail_mean(hidden: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """fp32 `[rows, width]`: the mean of the last `TAIL` tokens' states, each of unit length.
-
-    `hidden` is `[rows, tokens, width]`; `first` and `last` are the positions of each row's first and last token `[rows]`.
-    In a row of fewer tokens the first one counts for those that lack.
-    """
-    rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
-    back = torch.arange(TAIL, device=hidden.device)
-    tokens = torch.maximum(last.to(hidden.device).unsqueeze(1) - back, first.to(hidden.device).unsqueeze(1))
-    return torch.nn.functional.normalize(hidden[rows, tokens].float(), dim=-1).mean(dim=1)
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: ends a forward pass once the last layer needed has been read
@@ -124,13 +113,15 @@ def collect(
     prompts: Sequence[EncodedPrompt],
     layers: Sequence[int],
     sites: Sequence[Site] = ("residual",),
-    positions: Sequence[Pooling] = ("last",),
+    positions: Sequence[Position] = ("last",),
     *,
+    turn_layers: Sequence[int] = (),
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Activations:
     """Pooled activations of `prompts` at `layers` (0-based), `sites` and `positions`, in one pass.
 
+    `turn_layers`, some of `layers`: where the residual stream of whole turns is kept; they cost memory.
     `progress` is called with the number of prompts just finished. Raises `SafeSteerError` for no prompts or for a layer
     that the model does not have, `UnsupportedModelError` for a site that was not found.
     """
@@ -146,6 +137,14 @@ def collect(
     norm_sums = torch.zeros(len(chosen), dtype=torch.float64)
     token_count = sum(prompt.content_end - prompt.content_start for prompt in prompts)
     pad_id = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
+    kept = tuple(sorted(set(turn_layers)))
+    marker = turn_marker(loaded.tokenizer) if kept else ()
+    starts = [turn_start(prompt.ids, marker) if kept else 0 for prompt in prompts]
+    words = [max(1, prompt.content_end - start) for prompt, start in zip(prompts, starts, strict=True) if kept]
+    turns = [
+        torch.zeros(len(kept), len(prompt) - start, width, dtype=torch.half)
+        for prompt, start in zip(prompts, starts, strict=True) if kept
+    ]  # fmt: skip
 
     for batch in batches_by_length(prompts, batch_tokens):
         rows = [prompts[index] for index in batch]
@@ -165,11 +164,13 @@ def collect(
                 for position in positions if site in sites else ():
                     if position == "last":
                         pooled = hidden[torch.arange(len(batch), device=hidden.device), last.to(hidden.device)].float()
-                    elif position == "tail":
-                        pooled = tail_mean(hidden, torch.zeros_like(last), last)
                     else:
                         pooled = torch.einsum("btd,bt->bd", hidden.float(), weights) / weights.sum(1, keepdim=True)
                     values[site, position][slot, batch] = pooled.cpu()
+                if site == "residual" and chosen[slot] in kept:
+                    states = torch.nn.functional.normalize(hidden.float(), dim=-1).half().cpu()
+                    for row, index in enumerate(batch):
+                        turns[index][kept.index(chosen[slot])] = states[row, starts[index] : len(prompts[index])]
                 if site == "residual":
                     norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
                     norm_sums[slot] += float((norms * weights).sum())
@@ -183,4 +184,4 @@ def collect(
         ]
         run_until(loaded, chosen[-1], taps, input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device))
         progress(len(batch))
-    return Activations(chosen, values, (norm_sums / token_count).float())
+    return Activations(chosen, values, (norm_sums / token_count).float(), turns, words)

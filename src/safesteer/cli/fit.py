@@ -40,12 +40,11 @@ def _settings(
     recipe: str, method: str | None, site: str | None, layers: str, position: str | None, harmless: str | None,
     multiplier: float | None, dose: float | None, shrinkage: float | None, gate: bool | None,
 ) -> FitSettings:  # fmt: skip
-    from safesteer.activations import POSITIONS
     from safesteer.models import SITES
     from safesteer.policy import parse_layers
     from safesteer.prompts import read_prompts
     from safesteer.vectors import METHODS, FitSettings
-    from safesteer.vectors.fitting import Harmless, Recipe
+    from safesteer.vectors.fitting import READINGS, Harmless, Recipe
 
     if dose is not None and multiplier is not None:
         raise SafeSteerError("give either --dose or --multiplier, not both")
@@ -57,7 +56,7 @@ def _settings(
         method=_choice(method, METHODS, "--method"),
         site=_choice(site, SITES, "--site"),
         layers=None if layers == "auto" else parse_layers(layers),
-        position=_choice(position, POSITIONS, "--position"),
+        position=_choice(position, READINGS, "--position"),
         harmless=cast(Harmless, harmless)
         if harmless is None or harmless in known
         else read_prompts(harmless, "harmless"),
@@ -83,7 +82,9 @@ def fit(
     method: Annotated[str | None, typer.Option(help="mean-difference, pruned-mean-difference or pca.")] = None,
     site: Annotated[str | None, typer.Option(help="residual, attention or mlp.")] = None,
     layers: Annotated[str, typer.Option(help="auto, or 0-based blocks: 15, 12-18, 4,9,14.")] = "auto",
-    position: Annotated[str | None, typer.Option(help="Where prompts are read: last or mean.")] = None,
+    position: Annotated[
+        str | None, typer.Option(help="Where prompts are read: last, mean, answer or last+answer.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="default, or paper for SafeSteer to the letter.")] = "default",
     dose: Annotated[float | None, typer.Option(help="Total relative dose at strength 1.")] = None,
     multiplier: Annotated[float | None, typer.Option(help="The paper's raw m, instead of a dose.")] = None,

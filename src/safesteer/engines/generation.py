@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from safesteer.activations import pad
+from safesteer.answers import pad_id, stop_ids
 from safesteer.engines.transformers import Steerer
 from safesteer.errors import SafeSteerError
 from safesteer.models import Conversation, LoadedModel, encode
@@ -67,9 +68,7 @@ def generate(
     encoded = [encode(loaded.tokenizer, request.prompt, request.system) for request in requests]
     order = sorted(range(len(requests)), key=lambda index: len(encoded[index]))
     size = chosen.batch_size or AUTO_BATCH
-    pad_id = loaded.tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = loaded.tokenizer.eos_token_id or 0
+    padding = pad_id(loaded)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if chosen.temperature > 0:
         sampling = {"do_sample": True, "temperature": chosen.temperature}
@@ -77,17 +76,17 @@ def generate(
     default = Policy.default(bank) if bank is not None else Policy.off()
     steerer = Steerer(loaded, bank, default, force=force) if bank is not None else None
     responses: dict[int, Response] = {}
-    stops = _stop_ids(loaded)
+    stops = stop_ids(loaded)
     start = 0
     while start < len(order):
         batch = order[start : start + size]
-        ids, mask = pad([encoded[index] for index in batch], pad_id, "left")
+        ids, mask = pad([encoded[index] for index in batch], padding, "left")
         began = time.perf_counter()
         arguments: dict[str, Any] = {
             "input_ids": ids.to(loaded.device),
             "attention_mask": mask.to(loaded.device),
             "max_new_tokens": chosen.max_new_tokens,
-            "pad_token_id": pad_id,
+            "pad_token_id": padding,
             "streamer": streamer,
             **sampling,
         }
@@ -122,11 +121,3 @@ def _run(
     with steerer:
         output: torch.Tensor = loaded.model.generate(**arguments)
         return output, [one.to_json() for one in steerer.plans]
-
-
-def _stop_ids(loaded: LoadedModel) -> set[int]:
-    """Token ids that end a response, from the generation config and the tokenizer."""
-    stops: set[int] = set()
-    for value in (loaded.model.generation_config.eos_token_id, loaded.tokenizer.eos_token_id):
-        stops.update(value if isinstance(value, list) else [value] if value is not None else [])
-    return stops

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from safesteer.activations import run_until, tail_mean
-from safesteer.engines.steering import Hooks, last_tokens
+from safesteer.activations import run_until
+from safesteer.engines.steering import Hooks
 from safesteer.errors import SteeringError
 from safesteer.models import LoadedModel
+from safesteer.models.chat import turn_marker, turn_start
 from safesteer.policy import Plan, Policy, plan
 from safesteer.vectors import Reading, VectorBank
 
@@ -48,6 +49,7 @@ class Steerer:
         """What acted on each row of the latest request."""
         self._policies: tuple[Policy, ...] = ()
         self._hooks = Hooks(loaded.layout, bank.site)
+        self._marker = turn_marker(loaded.tokenizer) if bank.gate is not None else ()
         self._cached: int | None = None  # tokens a KV cache must hold to continue the present request; None: no request
         self._cache: Any = None  # weak reference to that cache, once it was seen
         self._own_generate: Any = None  # a `generate` that stood on the model's instance before ours
@@ -76,26 +78,32 @@ class Steerer:
         if gate is None:
             raise SteeringError("the bank has no gate")
         rows, count = input_ids.shape
-        first, last = torch.zeros(rows, dtype=torch.long), torch.full((rows,), count - 1)
-        if attention_mask is not None:
-            first, last = attention_mask.long().argmax(dim=1).cpu(), last_tokens(attention_mask).cpu()
-        collected: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        mask = torch.ones(rows, count, dtype=torch.long) if attention_mask is None else attention_mask.cpu().long()
+        spans = []
+        for row in range(rows):
+            real = mask[row].nonzero().flatten().tolist() or [0]
+            start = turn_start(input_ids[row, real[0] : real[-1] + 1].tolist(), self._marker)
+            spans.append((real[0], real[0] + start, real[-1] + 1))
+        views: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in range(rows)]
 
-        def tap(layer: int) -> Any:
+        def tap(slot: int) -> Any:
             def keep(hidden: torch.Tensor) -> None:
-                at_last = hidden[torch.arange(rows), last.to(hidden.device)].float().cpu()
-                collected[layer] = (at_last, tail_mean(hidden, first, last).cpu())
+                for row, (_, start, end) in enumerate(spans):
+                    views[row][slot] = gate.view(slot, hidden[row, start:end])
 
             return keep
 
-        taps = [(self.loaded.layout.blocks[layer], tap(layer)) for layer in gate.layers]
+        taps = [(self.loaded.layout.blocks[layer], tap(slot)) for slot, layer in enumerate(gate.layers)]
         extra: dict[str, Any] = {"attention_mask": attention_mask} if attention_mask is not None else {}
         self._reading = True
         try:
             run_until(self.loaded, max(gate.layers), taps, input_ids=input_ids, **extra)
         finally:
             self._reading = False
-        return gate.read(torch.stack([collected[layer][kind] for kind in (0, 1) for layer in gate.layers], dim=1))
+        return [
+            gate.conclude([view[slot] for slot in range(len(gate.layers))], start - padding)
+            for view, (padding, start, _) in zip(views, spans, strict=True)
+        ]
 
     def _prepare(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
         """Read the prompts where a policy asks for it, decide, and hand the deltas to the hooks."""

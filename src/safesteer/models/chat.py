@@ -16,6 +16,7 @@ from safesteer.errors import SafeSteerError
 
 Message = dict[str, str]
 Conversation = str | Sequence[Message]
+MARKER_TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,38 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
     """The tokens (first, last exclusive) that reach into characters `start` to `end` (exclusive); None if none does."""
     inside = [index for index, (left, right) in enumerate(offsets) if right > start and left < end and right > left]
     return (inside[0], inside[-1] + 1) if inside else None
+
+
+def turn_marker(tokenizer: Any) -> tuple[int, ...]:
+    """The token ids (at most `MARKER_TOKENS`) that the chat template puts before every message of a user.
+
+    What two user messages of a probe conversation have before them in common; empty without a chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    probe = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Good morning"},
+        {"role": "user", "content": "Thanks"},
+    ]
+    try:
+        first, second = encode(tokenizer, probe[:1]), encode(tokenizer, probe)
+    except SafeSteerError:
+        return ()
+    ahead, behind = first.ids[: first.content_start], second.ids[: second.content_start]
+    common = 0
+    while common < min(len(ahead), len(behind), MARKER_TOKENS) and ahead[-1 - common] == behind[-1 - common]:
+        common += 1
+    return ahead[len(ahead) - common :]
+
+
+def turn_start(ids: Sequence[int], marker: Sequence[int]) -> int:
+    """Where the last user's message begins: after the last `marker`; where there is none, after the first token."""
+    size = len(marker)
+    for start in range(len(ids) - size - 1, -1, -1) if size else ():
+        if tuple(ids[start : start + size]) == tuple(marker):
+            return start + size
+    return min(1, len(ids) - 1)
 
 
 def template_digest(tokenizer: Any) -> str:

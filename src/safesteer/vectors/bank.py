@@ -123,6 +123,9 @@ class VectorBank:
                 "gate.centres": self.gate.centres,
                 "gate.weights": self.gate.weights,
                 "gate.biases": self.gate.biases,
+                "gate.token_weights": self.gate.token_weights,
+                "gate.token_bias": self.gate.token_bias,
+                "gate.calm": self.gate.calm,
                 "gate.floors": self.gate.floors,
             }
         return {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
@@ -190,6 +193,9 @@ class VectorBank:
                 centres=tensors["gate.centres"],
                 weights=tensors["gate.weights"],
                 biases=tensors["gate.biases"],
+                token_weights=tensors["gate.token_weights"],
+                token_bias=tensors["gate.token_bias"],
+                calm=tensors["gate.calm"],
                 floors=tensors["gate.floors"],
                 low=header["gate"]["low"],
                 high=header["gate"]["high"],

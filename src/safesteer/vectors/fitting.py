@@ -1,6 +1,8 @@
 """`fit`: prompts in, a calibrated bank out. No gradients, no responses, no labels beyond which prompts are harmful.
 
-w[c, l]    = direction(harmful prompts of c, harmless prompts)          at every layer asked for
+w[c, l]    = direction(harmful prompts of c, harmless prompts)          at every layer asked for, read where `position` says:
+             `last` token, `mean` of the prompt's words, `answer`: mean of the model's own unsteered answer, or
+             `last+answer`: w_last / ||w_last|| + w_answer / ||w_answer||
 dose[c, l] = DOSE / number of acting layers                             default recipe: a small dose on a band of layers
            = m * ||w[c, l]|| / norm[l]                                  paper recipe: raw multiplier m, one layer
 """
@@ -11,28 +13,40 @@ import datetime
 import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 
 from safesteer import taxonomy
-from safesteer.activations import Activations, Pooling, Position, collect
+from safesteer.activations import Activations, Position, collect
+from safesteer.answers import answered
 from safesteer.errors import PromptFileError, SafeSteerError
 from safesteer.models import EncodedPrompt, LoadedModel, Site, encode, fingerprint
 from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
+from safesteer.prompts.forms import in_form
 from safesteer.vectors.bank import VectorBank
 from safesteer.vectors.directions import Method, clip_massive, direction, shrink
 from safesteer.vectors.gate import Gate, fit_gate
 
 Recipe = Literal["default", "paper"]
+Reading = Literal["last", "mean", "answer", "last+answer"]
+READINGS: tuple[Reading, ...] = get_args(Reading)
 Harmless = Literal["auto", "matched", "builtin"]
 
 # Fractions of the depth, chosen on the tune split of the embedded model (docs/method.md).
 BAND = (0.2, 0.7)  # layers whose directions are kept, so that a policy can choose among them
 ACTING = (0.4, 0.7)  # layers that act by default
 GATE = (0.4, 0.5, 0.6)  # layers that the gate reads
-DOSE = 0.28  # total relative dose over the acting layers
+ANSWERED = 16  # prompts of a category, and as many of its counterparts, whose answers are read
+ANSWERED_POOL = 64
+FORMED = {
+    "harmful": 2,
+    "matched": 4,
+    "pool": 2,
+    "soundalike": 2,
+}  # of how many prompts a gate reads one in another form
+DOSE = 0.22  # total relative dose over the acting layers
 SHRINKAGE = 0.5  # how far category directions are moved towards the one they share
 PAPER_LAYERS = (14 / 32, 16 / 32, 20 / 32, 25 / 32, 31 / 32)  # the layers the paper tried, of 32; the first acts
 
@@ -51,7 +65,7 @@ class FitSettings:
     method: Method | None = None
     site: Site | None = None
     layers: tuple[int, ...] | None = None
-    position: Position | None = None
+    position: Reading | None = None
     harmless: Harmless | PromptSet | None = None
     dose: float | None = None
     multiplier: float | None = None
@@ -76,7 +90,7 @@ class FitSettings:
             site=self.site or ("attention" if paper else "residual"),
             kept_layers=kept,
             acting_layers=acting,
-            position=self.position or ("mean" if paper else "last"),
+            position=self.position or ("mean" if paper else "last+answer"),
             harmless=self.harmless if self.harmless is not None else ("builtin" if paper else "auto"),
             dose=self.dose if self.dose is not None else DOSE,
             multiplier=self.multiplier
@@ -98,7 +112,7 @@ class CompleteSettings:
     site: Site
     kept_layers: tuple[int, ...]
     acting_layers: tuple[int, ...]
-    position: Position
+    position: Reading
     harmless: Harmless | PromptSet
     dose: float
     multiplier: float | None
@@ -116,12 +130,16 @@ def band(depth: int, first: float, last: float) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Row:
-    """One prompt to read: what it is (`harmful`, `matched`, `pool`, `soundalike`, `own`), and about which category."""
+    """One prompt to read: what it is (`harmful`, `matched`, `pool`, `soundalike`, `own`), and about which category.
+
+    A row that is not `plain` stands in another form (`prompts.forms`), for the gate alone.
+    """
 
     text: str
     kind: str
     category: str | None
     group: str
+    plain: bool = True
 
 
 def fit(
@@ -150,16 +168,29 @@ def fit(
     encoded = _encode_all(loaded, [row.text for row in rows])
     layers = sorted({*chosen.kept_layers, *(chosen.gate_layers if chosen.gate else ())})
     sites: tuple[Site, ...] = tuple(dict.fromkeys([chosen.site, *(["residual"] if chosen.gate else [])]))  # type: ignore[list-item]
-    positions: tuple[Pooling, ...] = tuple(dict.fromkeys([chosen.position, *(["last", "tail"] if chosen.gate else [])]))  # type: ignore[list-item]
+    formed = _formed(rows) if chosen.gate else []
+    encoded_forms = _encode_all(loaded, [row.text for row in formed])
+    spoken = _answered(rows, sets, chosen) if "answer" in chosen.position else []
     done = 0
 
     def count(more: int) -> None:
         nonlocal done
         done += more
-        progress(done, len(rows))
+        progress(done, len(rows) + len(formed) + len(spoken))
 
-    activations = collect(loaded, encoded, layers, sites, positions, progress=count)
-    return _assemble(loaded, sets, rows, activations, chosen)
+    position: Position = "mean" if chosen.position == "mean" else "last"
+    gate_layers = chosen.gate_layers if chosen.gate else ()
+    read = collect(loaded, encoded, layers, sites, (position,), turn_layers=gate_layers, progress=count)
+    sources = [_Source(rows, read, position)] if chosen.position != "answer" else []
+    if spoken:
+        answers = answered(loaded, [encoded[index] for index in spoken], progress=count)
+        heard = collect(loaded, answers, chosen.kept_layers, (chosen.site,), ("mean",))
+        sources.append(_Source([rows[index] for index in spoken], heard, "mean"))
+    gate = None
+    if chosen.gate:
+        forms = collect(loaded, encoded_forms, gate_layers, turn_layers=gate_layers, progress=count)
+        gate = _gate([*rows, *formed], (read, forms), chosen)
+    return _assemble(loaded, sets, sources, read, chosen, gate)
 
 
 def _harmful_sets(categories: Sequence[str] | None, prompts: PromptSet | None) -> dict[str, PromptSet]:
@@ -217,32 +248,60 @@ def _encode_all(loaded: LoadedModel, texts: Sequence[str]) -> list[EncodedPrompt
     return [encode(loaded.tokenizer, text) for text in texts]
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where directions are read: the activations of some rows at a position."""
+
+    rows: Sequence[_Row]
+    activations: Activations
+    position: Position
+
+    def direction(self, name: str, harmless: str, layer: int, chosen: CompleteSettings) -> tuple[torch.Tensor, float]:
+        """The direction of a category at a layer `[width]`, and the share of its energy that was clipped."""
+        values = self.activations.at(chosen.site, self.position, layer)
+        harmful = [row.kind == "harmful" and row.category == name for row in self.rows]
+        against = [row.kind == harmless and row.category in (name, None) for row in self.rows]
+        vector = direction(chosen.method, values[torch.tensor(harmful)], values[torch.tensor(against)])
+        if not chosen.clip:
+            return vector, 0.0
+        result = clip_massive(vector, values)
+        return result.direction, round(result.share, 4)
+
+
+def _answered(rows: Sequence[_Row], sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[int]:
+    """The rows whose answers are read: evenly spread over each category's prompts and over what stands against them."""
+    found: set[int] = set()
+    for name, prompts in sets.items():
+        harmless = _source(name, prompts, chosen)
+        for kind in ("harmful", harmless):
+            own = [i for i, row in enumerate(rows) if row.kind == kind and row.category in (name, None)]
+            count = min(len(own), ANSWERED if own and rows[own[0]].category else ANSWERED_POOL)
+            found.update(own[index * len(own) // count] for index in range(count))
+    return sorted(found)
+
+
 def _assemble(
     loaded: LoadedModel,
     sets: dict[str, PromptSet],
-    rows: list[_Row],
-    activations: Activations,
+    sources: Sequence[_Source],
+    read: Activations,
     chosen: CompleteSettings,
+    gate: Gate | None,
 ) -> VectorBank:
-    kinds = torch.tensor([["harmful", "matched", "pool", "soundalike", "own"].index(row.kind) for row in rows])
-    owners = [row.category for row in rows]
-    norms = torch.stack([activations.residual_norms[activations.layers.index(layer)] for layer in chosen.kept_layers])
+    norms = torch.stack([read.residual_norms[read.layers.index(layer)] for layer in chosen.kept_layers])
     directions = torch.zeros(len(sets), len(chosen.kept_layers), loaded.layout.width)
     doses = torch.zeros(len(sets), len(chosen.kept_layers))
     clipped: dict[str, float] = {}
     for index, (name, prompts) in enumerate(sets.items()):
-        own = torch.tensor([owner == name for owner in owners])
-        source = _source(name, prompts, chosen)
-        harmless_rows = own & (kinds == 1) if source == "matched" else kinds == (2 if source == "pool" else 4)
+        harmless = _source(name, prompts, chosen)
         for slot, layer in enumerate(chosen.kept_layers):
-            values = activations.at(chosen.site, chosen.position, layer)
-            vector = direction(chosen.method, values[own & (kinds == 0)], values[harmless_rows])
-            if chosen.clip:
-                result = clip_massive(vector, values)
-                vector = result.direction
-                if layer in chosen.acting_layers:
-                    clipped[name] = max(clipped.get(name, 0.0), round(result.share, 4))
-            directions[index, slot] = vector
+            found = [source.direction(name, harmless, layer, chosen) for source in sources]
+            # Each source by its direction alone: activations averaged over an answer differ by less than those of one token.
+            directions[index, slot] = (
+                found[0][0] if len(found) == 1 else sum(vector / vector.norm().clamp_min(1e-12) for vector, _ in found)
+            )
+            if layer in chosen.acting_layers and chosen.clip:
+                clipped[name] = max(clipped.get(name, 0.0), *(share for _, share in found))
     for slot, layer in enumerate(chosen.kept_layers):
         directions[:, slot] = shrink(directions[:, slot], chosen.shrinkage)
         if layer not in chosen.acting_layers:
@@ -259,22 +318,30 @@ def _assemble(
         doses=doses,
         residual_norms=norms,
         model=fingerprint(loaded),
-        gate=_gate(rows, activations, chosen) if chosen.gate else None,
+        gate=gate,
         provenance=_provenance(loaded, sets, chosen, clipped),
     )
 
 
-def _gate(rows: list[_Row], activations: Activations, chosen: CompleteSettings) -> Gate:
-    slots = [activations.layers.index(layer) for layer in chosen.gate_layers]
-    poolings: tuple[Pooling, ...] = ("last", "tail")
-    stacked = torch.cat([activations.values["residual", one][slots] for one in poolings]).transpose(0, 1)
+def _formed(rows: Sequence[_Row]) -> list[_Row]:
+    """Some rows of each kind again, in one form after the other."""
+    formed: list[_Row] = []
+    for kind, step in FORMED.items():
+        chosen = [row for row in rows if row.kind == kind][::step]
+        formed += [replace(row, text=in_form(row.text, number), plain=False) for number, row in enumerate(chosen)]
+    return formed
+
+
+def _gate(rows: Sequence[_Row], read: Sequence[Activations], chosen: CompleteSettings) -> Gate:
     return fit_gate(
-        stacked,
+        [turn for activations in read for turn in activations.turns],
+        [count for activations in read for count in activations.words],
         chosen.gate_layers,
         labels=[row.category for row in rows],
         harmful=[row.kind == "harmful" for row in rows],
         groups=[row.group for row in rows],
         kinds=["pool" if row.kind == "own" else row.kind for row in rows],
+        plain=[row.plain for row in rows],
     )
 
 

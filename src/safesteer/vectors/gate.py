@@ -1,16 +1,22 @@
 """Reading the risk of a prompt: is it harmful, and which category is it about?
 
-From the residual stream at a few layers, at the last prompt token and averaged over the last few (`activations.tail_mean`); each
-scaled to unit length, less its mean over the prompts of the fit, scaled again, and joined to x:
+Of every token t of the last user's message, and of what the template puts after it, the residual stream at a few layers l:
 
-    risk      r(x)   = v . x + b          ridge regression, harmful 1 against harmless 0 (closed form, no gradients)
-    topic     t_c(x) = u_c . x + b_c      ridge regression, category c (harmful and matched) 1 against everything else 0
+    h(t)      = for each l: h_l(t) of unit length, less its mean over the prompts of the fit, of unit length again; joined
 
-    opening   o(x)   = clamp((r(x) - low) / (high - low), 0, 1)
-    c is read where  o(x) > 0,  t_c(x) >= floor_c  and  t_c(x) >= SECOND * max_k t_k(x)
+    ending    a      = v . [h(last token), mean of h over the last TAIL tokens]    where chat templates gather the prompt
+    passage   b      = max over windows of WINDOW tokens of the mean of  s(t) = w . h(t)    harm in the midst of a long prompt
+    risk      r      = log(exp(z(a)) + exp(z(b))),   z in standard deviations of harmless prompts
+    topic     t_c    = u_c . [the same as for a]
 
-Risk and topic are read apart because a harmful prompt and its matched counterpart share the topic and differ in risk.
-`low` and `high` are quantiles of r over harmless prompts that took no part in the regression (cross-validated, folds by
+    opening   o      = clamp((r - low) / (high - low), 0, 1)
+    where o > 0, the category of the highest t_c is read, and those with  t_c >= floor_c  and  t_c >= SECOND * max_k t_k
+
+v, w and u_c are ridge regressions (closed form, no gradients; w on the mean of h over the user's words): harmful 1 against
+harmless 0; category c (harmful and matched) 1 against everything else 0. Risk and topic are read apart because a harmful
+prompt and its matched counterpart share the topic and differ in risk. Some prompts are read in another form as well
+(`prompts.forms`), so that a form is not taken for a risk.
+`low` and `high` are quantiles of r over plain harmless prompts that took no part in the regression (cross-validated, folds by
 subtopic): the false-alarm rates at which a gate begins to open and stands fully open. Where r < low the prompt is left alone.
 """
 
@@ -24,6 +30,8 @@ import torch
 from safesteer.errors import SafeSteerError
 
 RIDGE = 0.3  # relative to the mean diagonal of the kernel
+TAIL = 6
+WINDOW = 16
 # What each kind of prompt counts for in the regression, however many there are (chosen on the tune split).
 KIND_WEIGHTS = {"harmful": 2.0, "pool": 2.0, "soundalike": 1.0, "matched": 1.0}
 FOLDS = 5
@@ -35,20 +43,26 @@ FALSE_ALARM_HIGH = 0.09  # steep: a half-open gate alters the text and leaves th
 
 @dataclass(frozen=True)
 class Reading:
-    """What a gate read in one prompt: `risk`, how far the gate `opening` is (0 to 1), and the categories read."""
+    """What a gate read in one prompt: `risk`, how far the gate `opening` is (0 to 1), and the categories read.
+
+    `tokens`: z(s(t)) of each token read, in standard deviations of harmless prompts; `first` is the position of the first.
+    """
 
     risk: float
     opening: float
     topics: dict[str, float]
     categories: tuple[str, ...]
+    tokens: tuple[float, ...] = ()
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Gate:
     """A fitted gate.
 
-    `centres`: `[2 * layers, width]`, the means; `weights`: `[1 + categories, 2 * layers * width]`, risk first;
-    `biases`: `[1 + categories]`; `floors`: `[categories]`.
+    `centres`: `[layers, width]`, the means; `weights`: `[1 + categories, 2 * layers * width]`, v and u, risk first;
+    `biases`: `[1 + categories]`; `token_weights`: `[layers, width]`, w; `token_bias`; `calm`: `[2, 2]`, mean and standard
+    deviation of a and of b over harmless prompts; `floors`: `[categories]`.
     `quality` holds what cross-validation measured (AUROC of risk against each kind of harmless prompt).
     """
 
@@ -57,60 +71,87 @@ class Gate:
     centres: torch.Tensor
     weights: torch.Tensor
     biases: torch.Tensor
+    token_weights: torch.Tensor
+    token_bias: torch.Tensor
+    calm: torch.Tensor
     floors: torch.Tensor
     low: float
     high: float
     quality: dict[str, float]
 
-    def scores(self, activations: torch.Tensor) -> torch.Tensor:
-        """`[rows, 1 + categories]` from `[rows, 2 * layers, width]` (see `read`): risk, then topics."""
-        return features(activations, self.centres.to(activations.device)) @ self.weights.T.to(
-            activations.device
-        ) + self.biases.to(activations.device)
+    def view(self, slot: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one layer shows of a prompt's tokens `[tokens, width]`: its `[2, width]` part of the ending, `[tokens]` of s."""
+        centred = centre(states, self.centres[slot].to(states.device))
+        scores = centred @ self.token_weights[slot].to(states.device)
+        return ending(centred).cpu(), scores.cpu()
 
-    def read(self, activations: torch.Tensor) -> list[Reading]:
-        """One `Reading` a row, from `[rows, 2 * layers, width]`: the layers at the last prompt token, then their tail means."""
-        scores = self.scores(activations.float()).cpu()
-        readings = []
-        for row in scores:
-            risk = float(row[0])
-            opening = min(1.0, max(0.0, (risk - self.low) / (self.high - self.low)))
-            topics = row[1:]
-            near = SECOND * float(topics.max())
-            read = tuple(
-                name
-                for name, topic, floor in zip(self.categories, topics, self.floors, strict=True)
-                if opening > 0 and float(topic) >= float(floor) and float(topic) >= near
-            )
-            values = dict(zip(self.categories, topics.tolist(), strict=True))
-            readings.append(Reading(risk, opening, values, read))
-        return readings
+    def conclude(self, views: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int = 0) -> Reading:
+        """The reading of a prompt from its `view` at each layer in turn; `first` is the position of the first token."""
+        ends = torch.stack([end for end, _ in views]).transpose(0, 1).flatten()
+        scores = torch.stack([score for _, score in views]).sum(dim=0) + self.token_bias
+        risk_and_topics = self.weights @ ends + self.biases
+        ends_at, passage = float(risk_and_topics[0]), float(strongest(scores))
+        risk = float(_join(torch.tensor([[ends_at, passage]]), self.calm)[0])
+        opening = min(1.0, max(0.0, (risk - self.low) / (self.high - self.low)))
+        topics = risk_and_topics[1:]
+        best = float(topics.max())
+        read = tuple(
+            name
+            for name, topic, floor in zip(self.categories, topics.tolist(), self.floors.tolist(), strict=True)
+            if opening > 0 and (topic == best or (topic >= floor and topic >= SECOND * best))
+        )
+        tokens = (scores - self.calm[1, 0]) / self.calm[1, 1]
+        return Reading(
+            risk, opening, dict(zip(self.categories, topics.tolist(), strict=True)), read, tuple(tokens.tolist()), first
+        )
+
+    def read(self, turns: Sequence[torch.Tensor]) -> list[Reading]:
+        """One `Reading` a prompt, from residual streams `[layers, tokens, width]` (`Activations.turns`)."""
+        return [self.conclude([self.view(slot, states) for slot, states in enumerate(turn)]) for turn in turns]
 
 
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(x.float(), dim=-1)
+def centre(states: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """fp32: `states` of unit length, less `mean`, of unit length again (along the last dimension)."""
+    unit = torch.nn.functional.normalize(states.float(), dim=-1)
+    return torch.nn.functional.normalize(unit - mean, dim=-1)
 
 
-def features(activations: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """`[rows, slots, width]` -> `[rows, slots * width]`; `centres` is `[slots, width]`."""
-    return _unit(_unit(activations) - centres).flatten(1)
+def ending(centred: torch.Tensor) -> torch.Tensor:
+    """`[tokens, width]` -> `[2, width]`: the last token, and the mean of the last `TAIL`."""
+    return torch.stack([centred[-1], centred[-TAIL:].mean(dim=0)])
+
+
+def strongest(scores: torch.Tensor) -> torch.Tensor:
+    """The highest mean over `WINDOW` tokens in a row (over all, where there are fewer), of `[..., tokens]`."""
+    return scores.unfold(-1, min(WINDOW, scores.shape[-1]), 1).mean(dim=-1).max(dim=-1).values
+
+
+def _join(parts: torch.Tensor, calm: torch.Tensor) -> torch.Tensor:
+    """Risk `[n]` of endings and passages `[n, 2]`, given their mean and standard deviation over harmless prompts `[2, 2]`."""
+    return torch.logsumexp((parts - calm[:, 0]) / calm[:, 1], dim=1)
 
 
 def ridge(
     x: torch.Tensor, y: torch.Tensor, relative: float = RIDGE, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ridge regression in its dual form: weights `[outputs, inputs]`, biases `[outputs]` for x `[n, inputs]`, y `[n, outputs]`.
+    """Ridge regression: weights `[outputs, inputs]`, biases `[outputs]` for x `[n, inputs]`, y `[n, outputs]`.
 
-    With row weights s (mean 1; all 1 if None) and weighted means, X and Y centred and scaled by sqrt(s):
-    W = Y^T (K + lambda I)^-1 X, K = X X^T, lambda = relative * mean(diag K).
+    With row weights s (mean 1; all 1 if None) and weighted means, X and Y centred and scaled by sqrt(s), K = X X^T and
+    lambda = relative * mean(diag K): W = Y^T (K + lambda I)^-1 X = Y^T X (X^T X + lambda I)^-1, whichever is smaller.
     """
     x, y = x.double(), y.double()
     scale = torch.ones(len(x), 1).double() if weights is None else (weights / weights.mean()).double().unsqueeze(1)
     x_mean, y_mean = (scale * x).mean(dim=0), (scale * y).mean(dim=0)
     centred, targets = (x - x_mean) * scale.sqrt(), (y - y_mean) * scale.sqrt()
-    kernel = centred @ centred.T
-    kernel.diagonal().add_(relative * kernel.diagonal().mean().clamp_min(1e-12))
-    solution = torch.linalg.solve(kernel, targets).T @ centred
+    strength = relative * centred.square().sum(dim=1).mean().clamp_min(1e-12)
+    if len(x) <= x.shape[1]:
+        kernel = centred @ centred.T
+        kernel.diagonal().add_(strength)
+        solution = torch.linalg.solve(kernel, targets).T @ centred
+    else:
+        moments = centred.T @ centred
+        moments.diagonal().add_(strength)
+        solution = torch.linalg.solve(moments, centred.T @ targets).T
     return solution, y_mean - solution @ x_mean
 
 
@@ -122,35 +163,48 @@ def auroc(positive: torch.Tensor, negative: torch.Tensor) -> float:
     return float((below + not_above).double().mean() / (2 * len(negative)))
 
 
-def _row_weights(kinds: Sequence[str]) -> torch.Tensor:
-    """A weight a row, so that each kind counts as `KIND_WEIGHTS` says however many prompts it has."""
-    counts = {kind: kinds.count(kind) for kind in set(kinds)}
-    return torch.tensor([KIND_WEIGHTS.get(kind, 1.0) / counts[kind] for kind in kinds])
+def _row_weights(kinds: Sequence[str], plain: torch.Tensor) -> torch.Tensor:
+    """A weight a row: each kind counts as `KIND_WEIGHTS` says however many prompts it has, in another form as much again."""
+    keys = list(zip(kinds, plain.tolist(), strict=True))
+    return torch.tensor([KIND_WEIGHTS.get(key[0], 1.0) / keys.count(key) for key in keys])
 
 
 def fit_gate(
-    activations: torch.Tensor,
+    turns: Sequence[torch.Tensor],
+    words: Sequence[int],
     layers: Sequence[int],
     labels: Sequence[str | None],
     harmful: Sequence[bool],
     groups: Sequence[str],
     kinds: Sequence[str],
+    plain: Sequence[bool] | None = None,
     *,
     false_alarm_low: float = FALSE_ALARM_LOW,
     false_alarm_high: float = FALSE_ALARM_HIGH,
 ) -> Gate:
-    """Fit a gate on residual activations `[n, 2 * layers, width]` (see `Gate.read`).
+    """Fit a gate on the residual streams of prompts, each `[layers, tokens, width]` (`Activations.turns`).
 
+    `words`: how many tokens of each are the user's own, the template's coming after them (`Activations.words`).
     `labels`: the category each prompt is about (None: none); `harmful`: whether it asks for harm; `groups`: subtopics,
-    which are never split over folds; `kinds`: what each prompt is (`harmful`, `matched`, `pool`, `soundalike`). Thresholds
-    are set on `pool` and `soundalike`, or on all harmless prompts where there are none.
+    which are never split over folds; `kinds`: what each prompt is (`harmful`, `matched`, `pool`, `soundalike`); `plain`:
+    whether it stands as written, or in another form. Thresholds are set on plain `pool` and `soundalike`, or on all harmless
+    prompts where there are none.
     """
     categories = tuple(dict.fromkeys(label for label in labels if label is not None))
     is_harmful = torch.tensor(list(harmful))
     if not categories or not bool(is_harmful.any()) or bool(is_harmful.all()):
         raise SafeSteerError("a gate needs harmful and harmless prompts of at least one category")
-    centres = _unit(activations).mean(dim=0)
-    x = features(activations, centres).double()
+    is_plain = torch.ones(len(turns), dtype=torch.bool) if plain is None else torch.tensor(list(plain))
+    averages = [
+        torch.nn.functional.normalize(turn[:, :count].float(), dim=-1).mean(dim=1)
+        for turn, count in zip(turns, words, strict=True)
+    ]
+    centres = torch.stack(averages)[is_plain].mean(dim=0)
+    views = [centre(turn, centres.unsqueeze(1)).half() for turn in turns]
+    ends = torch.stack([torch.stack([ending(one.float()) for one in view], dim=1).flatten() for view in views])
+    middles = torch.stack(
+        [view[:, :count].float().mean(dim=1).flatten() for view, count in zip(views, words, strict=True)]
+    )
     targets = torch.stack(
         [is_harmful.double(), *(torch.tensor([label == name for label in labels]).double() for name in categories)],
         dim=1,
@@ -158,32 +212,72 @@ def fit_gate(
     names = sorted(set(groups))
     fold_of = {name: index % FOLDS for index, name in enumerate(names)}
     folds = torch.tensor([fold_of[name] for name in groups])
-    row_weights = _row_weights(kinds)
+    row_weights = _row_weights(kinds, is_plain)
+
+    def regressions(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights and biases of the ending (risk, topics), and of a token (risk), from some rows."""
+        at_end = ridge(ends[rows], targets[rows], weights=row_weights[rows])
+        of_token = ridge(middles[rows], targets[rows, :1], weights=row_weights[rows])
+        return *at_end, of_token[0][0], of_token[1]
+
+    def passage(view: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor) -> float:
+        return float(strongest(view.float().transpose(0, 1).flatten(1) @ weights.float() + bias.float()))
+
     held_out = torch.zeros_like(targets)
+    passages = torch.zeros(len(turns))
     for fold in range(FOLDS):
         test = folds == fold
         if bool(test.any()) and not bool(test.all()):
-            weights, biases = ridge(x[~test], targets[~test], weights=row_weights[~test])
-            held_out[test] = x[test] @ weights.T + biases
-    risk = held_out[:, 0]
+            weights, biases, token_weights, token_bias = regressions(~test)
+            held_out[test] = ends[test].double() @ weights.T + biases
+            for row in test.nonzero().flatten().tolist():
+                passages[row] = passage(views[row], token_weights, token_bias)
     kind = list(kinds)
-    calm = torch.tensor([k in ("pool", "soundalike") for k in kind]) & ~is_harmful
+    calm = torch.tensor([k in ("pool", "soundalike") for k in kind]) & ~is_harmful & is_plain
     if not bool(calm.any()):
-        calm = ~is_harmful
+        calm = ~is_harmful & is_plain
+    parts = torch.stack([held_out[:, 0].float(), passages], dim=1)
+    scale = torch.stack([parts[calm].mean(dim=0), parts[calm].std(dim=0, correction=0).clamp_min(1e-6)], dim=1)
+    risk = _join(parts, scale)
     low = float(risk[calm].quantile(1 - false_alarm_low))
     high = max(float(risk[calm].quantile(1 - false_alarm_high)), low + 1e-3)
     floors = []
     for index, name in enumerate(categories):
-        own = held_out[torch.tensor([label == name for label in labels]) & is_harmful, 1 + index]
+        own = held_out[torch.tensor([label == name for label in labels]) & is_harmful & is_plain, 1 + index]
         floors.append(float(own.quantile(FLOOR_MISS)) if len(own) else 0.0)
-    quality: dict[str, float] = {}
-    for k in dict.fromkeys(kind):
-        rows = torch.tensor([one == k for one in kind]) & ~is_harmful
-        if bool(rows.any()):
-            quality[f"auroc_against_{k}"] = round(auroc(risk[is_harmful], risk[rows]), 4)
-            quality[f"opened_{k}"] = round(float((risk[rows] > low).double().mean()), 4)
-    quality["opened_harmful"] = round(float((risk[is_harmful] > low).double().mean()), 4)
-    weights, biases = ridge(x, targets, weights=row_weights)
+    weights, biases, token_weights, token_bias = regressions(torch.ones(len(turns), dtype=torch.bool))
     return Gate(
-        tuple(layers), categories, centres, weights.float(), biases.float(), torch.tensor(floors), low, high, quality
+        layers=tuple(layers),
+        categories=categories,
+        centres=centres,
+        weights=weights.float(),
+        biases=biases.float(),
+        token_weights=token_weights.float().reshape(centres.shape),
+        token_bias=token_bias.float(),
+        calm=scale,
+        floors=torch.tensor(floors),
+        low=low,
+        high=high,
+        quality=_quality(risk, low, is_harmful, is_plain, kind),
     )
+
+
+def _quality(
+    risk: torch.Tensor, low: float, harmful: torch.Tensor, plain: torch.Tensor, kinds: Sequence[str]
+) -> dict[str, float]:
+    """AUROC against each kind of harmless prompt, and the share of each kind that the gate begins to open for.
+
+    Prompts in another form count as `formed` (harmless) and `formed_harmful`.
+    """
+    found: dict[str, float] = {}
+    for kind in dict.fromkeys(kinds):
+        rows = torch.tensor([one == kind for one in kinds]) & ~harmful & plain
+        if bool(rows.any()):
+            found[f"auroc_against_{kind}"] = round(auroc(risk[harmful & plain], risk[rows]), 4)
+            found[f"opened_{kind}"] = round(float((risk[rows] > low).double().mean()), 4)
+    found["opened_harmful"] = round(float((risk[harmful & plain] > low).double().mean()), 4)
+    if bool((harmful & ~plain).any()) and bool((~harmful & ~plain).any()):
+        found["auroc_formed"] = round(auroc(risk[harmful & ~plain], risk[~harmful & ~plain]), 4)
+        found["opened_formed"] = round(float((risk[~harmful & ~plain] > low).double().mean()), 4)
+        found["opened_formed_harmful"] = round(float((risk[harmful & ~plain] > low).double().mean()), 4)
+    return found
