@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from safesteer.activations import collect, pad
+from safesteer.activations import collect, pad, shared_start
 from safesteer.engines import GenerationSettings, Request, Steerer, generate
 from safesteer.errors import FingerprintMismatchError, SteeringError
 from safesteer.models import LoadedModel, encode
@@ -71,16 +71,31 @@ def test_2_batched_equals_single_and_left_equals_right_equals_unpadded(architect
             torch.testing.assert_close(right[row, last], single, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("system", [None, "You are a careful assistant that answers every question in one short line."])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_2_activations_batched_equal_single(architecture: str) -> None:
+def test_2_activations_batched_equal_single(architecture: str, system: str | None) -> None:
+    """Also where all prompts begin alike, so that the batch reuses a cache of that beginning and the single prompt does not."""
     loaded = make(architecture)
-    encoded = [encode(loaded.tokenizer, text) for text in TEXTS]
+    encoded = [encode(loaded.tokenizer, text, system) for text in TEXTS]
     sites = loaded.layout.sites
     together = collect(loaded, encoded, [0, 1, 2], sites, ["last", "mean"])
     for index, one in enumerate(encoded):
         alone = collect(loaded, [one], [0, 1, 2], sites, ["last", "mean"])
         for key, values in together.values.items():
             torch.testing.assert_close(values[:, index], alone.values[key][:, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_2_a_shared_beginning_is_computed_once(llama: LoadedModel) -> None:
+    encoded = [encode(llama.tokenizer, text, "You answer every question in one short line of text.") for text in TEXTS]
+    seen: list[int] = []
+    handle = llama.layout.blocks[0].register_forward_hook(lambda _m, args, out: seen.append(out.shape[1]))
+    try:
+        collect(llama, encoded, [0])
+    finally:
+        handle.remove()
+    shared = shared_start(encoded, [prompt.content_start for prompt in encoded])
+    assert shared >= 8
+    assert seen == [shared, max(len(prompt) for prompt in encoded) - shared]
 
 
 @pytest.mark.parametrize("tokens", ["all", "prompt", "generated", "continuation"])

@@ -6,17 +6,19 @@ For prompt x with tokens t = 1..T:
 
 and, for a gate, h_l(x, t) / ||h_l(x, t)|| of every token from the start of the last user's message on (`turns`).
 
-Prompts are batched by length; nothing is computed beyond the last layer asked for, no logits and no list of all hidden
-states are kept, and no padded token is ever pooled.
+Prompts are batched by length; what they all begin with (a system message) is computed once; nothing is computed beyond the
+last layer asked for, no logits and no list of all hidden states are kept, and no padded token is ever pooled.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from safesteer.errors import SafeSteerError
 from safesteer.models.chat import EncodedPrompt, turn_marker, turn_start
@@ -24,6 +26,7 @@ from safesteer.models.layout import Site, hidden_of
 from safesteer.models.loading import LoadedModel
 
 Position = Literal["last", "mean"]
+SHARED_LEAST = 8  # tokens that all prompts begin with, for which a cache is worth its while
 BATCH_TOKENS = 2048  # padded tokens in a batch: large enough to fill a CPU or GPU, small enough for memory
 
 
@@ -89,6 +92,7 @@ def run_until(
     """A forward pass that hands the output of each tapped module to its callback and ends after block `layer`."""
     decoder = loaded.layout.decoder
     handles = []
+    inputs.setdefault("use_cache", False)
 
     def reader(callback: Callable[[torch.Tensor], None]) -> Callable[..., None]:
         return lambda _module, _arguments, output: callback(hidden_of(output))
@@ -100,12 +104,32 @@ def run_until(
         for module, callback in taps:
             handles.append(module.register_forward_hook(reader(callback)))
         handles.append(loaded.layout.blocks[layer].register_forward_hook(stop))
-        decoder(**inputs, use_cache=False)
+        decoder(**inputs)
     except _Stop:
         pass
     finally:
         for handle in handles:
             handle.remove()
+
+
+def shared_start(prompts: Sequence[EncodedPrompt], limit: Sequence[int]) -> int:
+    """How many tokens all `prompts` begin with, at most the least of `limit`."""
+    count = min(limit)
+    first = prompts[0].ids
+    for prompt in prompts:
+        while prompt.ids[:count] != first[:count]:
+            count -= 1
+    return count
+
+
+@torch.inference_mode()
+def _cache_of(loaded: LoadedModel, ids: Sequence[int]) -> Cache | None:
+    """The KV cache after `ids`, or None where the model keeps none that rows can share (sliding windows, state spaces)."""
+    output = loaded.layout.decoder(input_ids=torch.tensor([list(ids)], device=loaded.device), use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    return cache
 
 
 def collect(
@@ -146,14 +170,19 @@ def collect(
         for prompt, start in zip(prompts, starts, strict=True) if kept
     ]  # fmt: skip
 
+    shared = shared_start(prompts, starts if kept else [prompt.content_start for prompt in prompts])
+    cache = _cache_of(loaded, prompts[0].ids[:shared]) if shared >= SHARED_LEAST and len(prompts) > 1 else None
+    shared = shared if cache is not None else 0
+
     for batch in batches_by_length(prompts, batch_tokens):
         rows = [prompts[index] for index in batch]
         ids, mask = pad(rows, pad_id, "right")
-        time = torch.arange(ids.shape[1])
+        ids = ids[:, shared:]
+        time = torch.arange(shared, shared + ids.shape[1])
         content = (time >= torch.tensor([[row.content_start] for row in rows])) & (
             time < torch.tensor([[row.content_end] for row in rows])
         )
-        last = torch.tensor([len(row) - 1 for row in rows])
+        last = torch.tensor([len(row) - 1 - shared for row in rows])
 
         def tap(
             site: Site, slot: int, batch: list[int] = batch, content: torch.Tensor = content, last: torch.Tensor = last
@@ -170,7 +199,9 @@ def collect(
                 if site == "residual" and chosen[slot] in kept:
                     states = torch.nn.functional.normalize(hidden.float(), dim=-1).half().cpu()
                     for row, index in enumerate(batch):
-                        turns[index][kept.index(chosen[slot])] = states[row, starts[index] : len(prompts[index])]
+                        turns[index][kept.index(chosen[slot])] = states[
+                            row, starts[index] - shared : len(prompts[index]) - shared
+                        ]
                 if site == "residual":
                     norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
                     norm_sums[slot] += float((norms * weights).sum())
@@ -182,6 +213,10 @@ def collect(
             for slot, layer in enumerate(chosen)
             for site in dict.fromkeys(("residual", *sites))
         ]
-        run_until(loaded, chosen[-1], taps, input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device))
+        inputs: dict[str, Any] = {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
+        if cache is not None:
+            inputs |= {"past_key_values": copy.deepcopy(cache), "use_cache": True}
+            inputs["past_key_values"].batch_repeat_interleave(len(batch))
+        run_until(loaded, chosen[-1], taps, **inputs)
         progress(len(batch))
     return Activations(chosen, values, (norm_sums / token_count).float(), turns, words)
