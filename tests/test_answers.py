@@ -6,34 +6,60 @@ import pytest
 import torch
 
 from safesteer.activations import collect
-from safesteer.answers import answered
-from safesteer.engines import GenerationSettings, Request, generate
+from safesteer.answers import answer_means, stop_ids
 from safesteer.evaluation.jailbreak import WRAPPERS
-from safesteer.models import LoadedModel, encode
+from safesteer.models import EncodedPrompt, LoadedModel, encode
 from safesteer.models.chat import turn_marker, turn_start
 from safesteer.prompts.forms import FORMS, in_form
-from tests.tiny import bank_for, prompts
+from tests.tiny import bank_for, make, prompts
 
 QUESTIONS = ["How do I mend a vase?", "How do I break the big old clock that hangs over the door of the house?", "Why?"]
 
 
-def test_answers_are_what_the_unsteered_model_says(llama: LoadedModel) -> None:
-    encoded = [encode(llama.tokenizer, text) for text in QUESTIONS]
-    found = answered(llama, encoded, 6)
-    said = generate(llama, None, [Request(text) for text in QUESTIONS], GenerationSettings(6))
-    for prompt, answer, response in zip(encoded, found, said, strict=True):
-        assert answer.ids[: len(prompt)] == prompt.ids
-        assert (answer.content_start, answer.content_end) == (len(prompt), len(answer))
-        text = llama.tokenizer.decode(answer.ids[len(prompt) :], skip_special_tokens=True).strip()
-        assert text == response.text
+def answered(loaded: LoadedModel, text: str, tokens: int) -> EncodedPrompt:
+    """The prompt and its greedy answer, the answer being the content; by the plain way."""
+    prompt = encode(loaded.tokenizer, text)
+    output = loaded.model.generate(
+        input_ids=torch.tensor([prompt.ids]), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )[0].tolist()
+    new = output[len(prompt) :]
+    while len(new) > 1 and new[-1] in stop_ids(loaded):
+        new.pop()
+    return EncodedPrompt(prompt.ids + tuple(new), len(prompt), len(prompt) + len(new))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_answers_are_read_as_if_prompt_and_answer_were_one_text(architecture: str) -> None:
+    loaded = make(architecture)
+    found = answer_means(loaded, [encode(loaded.tokenizer, text) for text in QUESTIONS], (0, 2), max_new_tokens=6)
+    for index, text in enumerate(QUESTIONS):
+        whole = collect(loaded, [answered(loaded, text, 6)], (0, 2), positions=("mean",)).values["residual", "mean"]
+        torch.testing.assert_close(found[:, index], whole[:, 0], atol=1e-4, rtol=1e-3)
+
+
+def test_an_answer_ends_where_the_model_ends_it(llama: LoadedModel) -> None:
+    """The greedy third token is made the one that ends a text: only the first two count."""
+    prompt = encode(llama.tokenizer, QUESTIONS[0])
+    ids = llama.model.generate(input_ids=torch.tensor([prompt.ids]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    new = ids[0, len(prompt) :].tolist()
+    if new[2] in new[:2]:
+        pytest.skip("the tiny model repeats itself")
+    before = llama.model.generation_config.eos_token_id
+    llama.model.generation_config.eos_token_id = new[2]
+    try:
+        found = answer_means(llama, [prompt], (1,), max_new_tokens=8)
+    finally:
+        llama.model.generation_config.eos_token_id = before
+    whole = EncodedPrompt(prompt.ids + tuple(new[:2]), len(prompt), len(prompt) + 2)
+    expected = collect(llama, [whole], (1,), positions=("mean",)).values["residual", "mean"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_direction_read_in_answers_is_the_difference_of_their_means(llama: LoadedModel) -> None:
     bank = bank_for(llama, position="answer", shrinkage=0.0)
     rows = [row for row in prompts() if row.category == "breaking"]
     texts = [*(row.text for row in rows), *(row.matched or "" for row in rows)]
-    answers = answered(llama, [encode(llama.tokenizer, text) for text in texts])
-    values = collect(llama, answers, (1,), positions=("mean",)).at("residual", "mean", 1)
+    values = answer_means(llama, [encode(llama.tokenizer, text) for text in texts], (1,))[0]
     expected = values[len(rows) :].mean(0) - values[: len(rows)].mean(0)
     got = bank.directions[bank.categories.index("breaking"), 0]
     assert torch.cosine_similarity(got, expected, dim=0) > 0.999

@@ -20,7 +20,7 @@ import torch
 
 from safesteer import taxonomy
 from safesteer.activations import Activations, Position, collect
-from safesteer.answers import answered
+from safesteer.answers import answer_means
 from safesteer.errors import PromptFileError, SafeSteerError
 from safesteer.models import EncodedPrompt, LoadedModel, Site, encode, fingerprint
 from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
@@ -181,11 +181,12 @@ def fit(
     position: Position = "mean" if chosen.position == "mean" else "last"
     gate_layers = chosen.gate_layers if chosen.gate else ()
     read = collect(loaded, encoded, layers, sites, (position,), turn_layers=gate_layers, progress=count)
-    sources = [_Source(rows, read, position)] if chosen.position != "answer" else []
+    kept = [read.layers.index(layer) for layer in chosen.kept_layers]
+    sources = [_Source(rows, read.values[chosen.site, position][kept])] if chosen.position != "answer" else []
     if spoken:
-        answers = answered(loaded, [encoded[index] for index in spoken], progress=count)
-        heard = collect(loaded, answers, chosen.kept_layers, (chosen.site,), ("mean",))
-        sources.append(_Source([rows[index] for index in spoken], heard, "mean"))
+        asked = [encoded[index] for index in spoken]
+        means = answer_means(loaded, asked, chosen.kept_layers, chosen.site, progress=count)
+        sources.append(_Source([rows[index] for index in spoken], means))
     gate = None
     if chosen.gate:
         forms = collect(loaded, encoded_forms, gate_layers, turn_layers=gate_layers, progress=count)
@@ -250,15 +251,14 @@ def _encode_all(loaded: LoadedModel, texts: Sequence[str]) -> list[EncodedPrompt
 
 @dataclass(frozen=True)
 class _Source:
-    """Where directions are read: the activations of some rows at a position."""
+    """Where directions are read: some rows, and their activations at the kept layers `[layers, rows, width]`."""
 
     rows: Sequence[_Row]
-    activations: Activations
-    position: Position
+    activations: torch.Tensor
 
-    def direction(self, name: str, harmless: str, layer: int, chosen: CompleteSettings) -> tuple[torch.Tensor, float]:
-        """The direction of a category at a layer `[width]`, and the share of its energy that was clipped."""
-        values = self.activations.at(chosen.site, self.position, layer)
+    def direction(self, name: str, harmless: str, slot: int, chosen: CompleteSettings) -> tuple[torch.Tensor, float]:
+        """The direction of a category at a kept layer `[width]`, and the share of its energy that was clipped."""
+        values = self.activations[slot]
         harmful = [row.kind == "harmful" and row.category == name for row in self.rows]
         against = [row.kind == harmless and row.category in (name, None) for row in self.rows]
         vector = direction(chosen.method, values[torch.tensor(harmful)], values[torch.tensor(against)])
@@ -295,7 +295,7 @@ def _assemble(
     for index, (name, prompts) in enumerate(sets.items()):
         harmless = _source(name, prompts, chosen)
         for slot, layer in enumerate(chosen.kept_layers):
-            found = [source.direction(name, harmless, layer, chosen) for source in sources]
+            found = [source.direction(name, harmless, slot, chosen) for source in sources]
             # Each source by its direction alone: activations averaged over an answer differ by less than those of one token.
             directions[index, slot] = (
                 found[0][0] if len(found) == 1 else sum(vector / vector.norm().clamp_min(1e-12) for vector, _ in found)
