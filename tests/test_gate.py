@@ -80,6 +80,14 @@ def test_the_risk_joins_ending_and_passage() -> None:
     assert gate.read([turn])[0].risk == pytest.approx(float(expected), abs=1e-4)
 
 
+@pytest.mark.parametrize("rate", [0.05, 0.3])
+def test_the_gate_opens_for_as_many_harmless_prompts_as_asked(rate: float) -> None:
+    gate = fit_gate(**planted(), false_alarm=rate)  # type: ignore[arg-type]
+    assert gate.quality["calm_opened"] / gate.quality["calm_prompts"] == pytest.approx(rate, abs=0.02)
+    with pytest.raises(SafeSteerError, match="not between 0 and 1"):
+        fit_gate(**planted(5), false_alarm=1.0)  # type: ignore[arg-type]
+
+
 def test_strongest_is_the_best_window() -> None:
     scores = torch.zeros(50)
     scores[20:36] = 2.0

@@ -38,7 +38,7 @@ def read_prompt_files(paths: list[Path], categories: list[str] | None) -> Prompt
 
 def _settings(
     recipe: str, method: str | None, site: str | None, layers: str, position: str | None, harmless: str | None,
-    multiplier: float | None, dose: float | None, shrinkage: float | None, gate: bool | None,
+    multiplier: float | None, dose: float | None, shrinkage: float | None, gate: bool | None, false_alarm: float | None,
 ) -> FitSettings:  # fmt: skip
     from safesteer.models import SITES
     from safesteer.policy import parse_layers
@@ -50,6 +50,8 @@ def _settings(
         raise SafeSteerError("give either --dose or --multiplier, not both")
     if dose is not None and not 0 < dose <= 2:
         raise SafeSteerError(f"--dose {dose:g} must be above 0 and at most 2 (a share of the residual norm)")
+    if false_alarm is not None and not 0 < false_alarm < 1:
+        raise SafeSteerError(f"--false-alarm {false_alarm:g} must be between 0 and 1")
     known = get_args(Harmless)
     return FitSettings(
         recipe=_choice(recipe, get_args(Recipe), "--recipe"),
@@ -64,6 +66,7 @@ def _settings(
         dose=dose,
         shrinkage=shrinkage,
         gate=gate,
+        false_alarm=false_alarm,
     )
 
 
@@ -92,6 +95,9 @@ def fit(
         float | None, typer.Option(help="0: each category on its own; 1: one direction for all.")
     ] = None,
     gate: Annotated[bool | None, typer.Option("--with-gate/--without-gate", help="Whether to fit a gate.")] = None,
+    false_alarm: Annotated[
+        float | None, typer.Option(help="Share of harmless prompts for which the gate may open; 0.1 if not given.")
+    ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
@@ -103,7 +109,9 @@ def fit(
 ) -> None:
     """Fit a direction for each category from prompts alone, and write them as a bank."""
     check_writable(out_file)
-    settings = _settings(recipe, method, site, layers, position, harmless, multiplier, dose, shrinkage, gate)
+    settings = _settings(
+        recipe, method, site, layers, position, harmless, multiplier, dose, shrinkage, gate, false_alarm
+    )
     own = read_prompt_files(prompts or [], category)
     loaded = options.load(model, dtype, device, device_map, revision, trust_remote_code, load_4bit, load_8bit)
     from safesteer.vectors import fit as fit_bank

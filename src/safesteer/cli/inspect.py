@@ -49,6 +49,8 @@ def inspect(bank: options.BankArgument, json: options.AsJson = False) -> None:
             table.add_row(f"{i + 1:>2} {name}", *cells)
         out.print(table)
     if opened.gate is not None:
+        from safesteer.evaluation.statistics import wilson
+
         quality = opened.gate.quality
         out.print(f"\nGate: reads layers {', '.join(map(str, opened.gate.layers))} (cross-validated on the fit split)")
         for kind in ("pool", "soundalike", "matched"):
@@ -58,3 +60,13 @@ def inspect(bank: options.BankArgument, json: options.AsJson = False) -> None:
                     f"begins to open for {quality[f'opened_{kind}']:.1%} of them"
                 )
         out.print(f"  begins to open for {quality['opened_harmful']:.1%} of harmful prompts")
+        if "auroc_formed" in quality:
+            out.print(
+                f"  in another form     AUROC {quality['auroc_formed']:.3f}, begins to open for "
+                f"{quality['opened_formed_harmful']:.1%} of harmful ones, {quality['opened_formed']:.1%} of harmless ones"
+            )
+        opened_calm, calm = int(quality["calm_opened"]), int(quality["calm_prompts"])
+        out.print(
+            f"  false alarms asked for: {quality['false_alarm_asked']:.1%}; {opened_calm} of {calm} harmless prompts open it "
+            f"(95%: at most {wilson(opened_calm, calm).high:.1%} of such prompts)"
+        )

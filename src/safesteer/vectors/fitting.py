@@ -27,7 +27,7 @@ from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenat
 from safesteer.prompts.forms import in_form
 from safesteer.vectors.bank import VectorBank
 from safesteer.vectors.directions import Method, clip_massive, direction, shrink
-from safesteer.vectors.gate import Gate, fit_gate
+from safesteer.vectors.gate import FALSE_ALARM, Gate, fit_gate
 
 Recipe = Literal["default", "paper"]
 Reading = Literal["last", "mean", "answer", "last+answer"]
@@ -58,7 +58,8 @@ class FitSettings:
     `layers`: 0-based; they are read and they act. `harmless`: `matched` counterparts, the `builtin` pool, `auto` (matched
     where every prompt of a category has a counterpart, else builtin), or a prompt set of your own. `dose`: total relative
     dose at strength 1. `multiplier`: raw m of the paper, instead of a dose. `shrinkage`: 0 (each category on its own) to 1
-    (one direction for all). `gate`: whether to fit one.
+    (one direction for all). `gate`: whether to fit one. `false_alarm`: the share of harmless prompts for
+    which it may open, 0 to 1.
     """
 
     recipe: Recipe = "default"
@@ -71,6 +72,7 @@ class FitSettings:
     multiplier: float | None = None
     shrinkage: float | None = None
     gate: bool | None = None
+    false_alarm: float | None = None
 
     def complete(self, depth: int) -> CompleteSettings:
         """Fill in what the recipe says, for a model of `depth` blocks."""
@@ -99,6 +101,7 @@ class FitSettings:
             shrinkage=self.shrinkage if self.shrinkage is not None else (0.0 if paper else SHRINKAGE),
             clip=not paper,
             gate=self.gate if self.gate is not None else not paper,
+            false_alarm=self.false_alarm if self.false_alarm is not None else FALSE_ALARM,
             gate_layers=tuple(sorted({min(depth - 1, math.floor(fraction * depth)) for fraction in GATE})),
         )
 
@@ -119,6 +122,7 @@ class CompleteSettings:
     shrinkage: float
     clip: bool
     gate: bool
+    false_alarm: float
     gate_layers: tuple[int, ...]
 
 
@@ -160,6 +164,8 @@ def fit(
     for what, value in (("dose", chosen.dose), ("multiplier", chosen.multiplier)):
         if value is not None and not 0 < value < math.inf:
             raise SafeSteerError(f"the {what} {value:g} must be a number above 0")
+    if not 0 < chosen.false_alarm < 1:
+        raise SafeSteerError(f"a false-alarm rate of {chosen.false_alarm:g} is not between 0 and 1")
     if not 0 <= chosen.shrinkage <= 1:
         raise SafeSteerError(f"shrinkage {chosen.shrinkage:g} is not within 0 to 1")
     loaded.layout.module(chosen.site, 0)
@@ -342,6 +348,7 @@ def _gate(rows: Sequence[_Row], read: Sequence[Activations], chosen: CompleteSet
         groups=[row.group for row in rows],
         kinds=["pool" if row.kind == "own" else row.kind for row in rows],
         plain=[row.plain for row in rows],
+        false_alarm=chosen.false_alarm,
     )
 
 

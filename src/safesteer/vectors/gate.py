@@ -17,7 +17,8 @@ harmless 0; category c (harmful and matched) 1 against everything else 0. Risk a
 prompt and its matched counterpart share the topic and differ in risk. Some prompts are read in another form as well
 (`prompts.forms`), so that a form is not taken for a risk.
 `low` and `high` are quantiles of r over plain harmless prompts that took no part in the regression (cross-validated, folds by
-subtopic): the false-alarm rates at which a gate begins to open and stands fully open. Where r < low the prompt is left alone.
+subtopic): the false-alarm rate asked for, where a gate begins to open, and `STEEPNESS` of it, where it stands fully open.
+Where r < low the prompt is left alone.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ KIND_WEIGHTS = {"harmful": 2.0, "pool": 2.0, "soundalike": 1.0, "matched": 1.0}
 FOLDS = 5
 SECOND = 0.7
 FLOOR_MISS = 0.05  # share of a category's own harmful prompts that its floor lets go
-FALSE_ALARM_LOW = 0.10
-FALSE_ALARM_HIGH = 0.09  # steep: a half-open gate alters the text and leaves the harm (docs/method.md)
+FALSE_ALARM = 0.10
+STEEPNESS = (
+    0.9  # of the false-alarm rate, where a gate stands fully open: a half-open one alters the text and leaves the harm
+)
 
 
 @dataclass(frozen=True)
@@ -179,19 +182,20 @@ def fit_gate(
     kinds: Sequence[str],
     plain: Sequence[bool] | None = None,
     *,
-    false_alarm_low: float = FALSE_ALARM_LOW,
-    false_alarm_high: float = FALSE_ALARM_HIGH,
+    false_alarm: float = FALSE_ALARM,
 ) -> Gate:
     """Fit a gate on the residual streams of prompts, each `[layers, tokens, width]` (`Activations.turns`).
 
     `words`: how many tokens of each are the user's own, the template's coming after them (`Activations.words`).
     `labels`: the category each prompt is about (None: none); `harmful`: whether it asks for harm; `groups`: subtopics,
     which are never split over folds; `kinds`: what each prompt is (`harmful`, `matched`, `pool`, `soundalike`); `plain`:
-    whether it stands as written, or in another form. Thresholds are set on plain `pool` and `soundalike`, or on all harmless
-    prompts where there are none.
+    whether it stands as written, or in another form. The threshold is set so that the share `false_alarm` of plain `pool` and
+    `soundalike` opens the gate, or of all harmless prompts where there are none.
     """
     categories = tuple(dict.fromkeys(label for label in labels if label is not None))
     is_harmful = torch.tensor(list(harmful))
+    if not 0 < false_alarm < 1:
+        raise SafeSteerError(f"a false-alarm rate of {false_alarm:g} is not between 0 and 1")
     if not categories or not bool(is_harmful.any()) or bool(is_harmful.all()):
         raise SafeSteerError("a gate needs harmful and harmless prompts of at least one category")
     is_plain = torch.ones(len(turns), dtype=torch.bool) if plain is None else torch.tensor(list(plain))
@@ -239,8 +243,8 @@ def fit_gate(
     parts = torch.stack([held_out[:, 0].float(), passages], dim=1)
     scale = torch.stack([parts[calm].mean(dim=0), parts[calm].std(dim=0, correction=0).clamp_min(1e-6)], dim=1)
     risk = _join(parts, scale)
-    low = float(risk[calm].quantile(1 - false_alarm_low))
-    high = max(float(risk[calm].quantile(1 - false_alarm_high)), low + 1e-3)
+    low = float(risk[calm].quantile(1 - false_alarm))
+    high = max(float(risk[calm].quantile(1 - STEEPNESS * false_alarm)), low + 1e-3)
     floors = []
     for index, name in enumerate(categories):
         own = held_out[torch.tensor([label == name for label in labels]) & is_harmful & is_plain, 1 + index]
@@ -258,7 +262,12 @@ def fit_gate(
         floors=torch.tensor(floors),
         low=low,
         high=high,
-        quality=_quality(risk, low, is_harmful, is_plain, kind),
+        quality={
+            "false_alarm_asked": false_alarm,
+            "calm_prompts": int(calm.sum()),
+            "calm_opened": int((risk[calm] > low).sum()),
+            **_quality(risk, low, is_harmful, is_plain, kind),
+        },
     )
 
 
