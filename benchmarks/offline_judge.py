@@ -34,6 +34,7 @@ GRADED = Path(__file__).parent / "graded"
 PLAIN = ("unsteered", "system-prompt", "refuse-prompt")
 PART = 256
 FOLDS = 5
+LATER = ("tune-8", "tune-9", "tune-10", "test-3")  # rounds read after the judge that ships was trained
 CHOSEN = ("words", "cosine", "mean-15", "mean-18", "mean-22")
 L2 = 1e-5
 
@@ -44,6 +45,8 @@ def graded(*names: str) -> list[dict]:
     for name in names:
         for line in (GRADED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
+            if row["round"] in LATER:
+                continue
             key = (row["prompt"], row["response"])
             row["steered"] = row["condition"] not in PLAIN or rows.get(key, {}).get("steered", False)
             rows[key] = row
