@@ -27,7 +27,7 @@ from safesteer.vectors.directions import shrink
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bank", required=True, help="fitted with --shrinkage 0")
+    parser.add_argument("--bank", required=True, help="fitted with --shrinkage 0 --position last --dose 0.28")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     bank, loaded = safesteer.VectorBank.load(args.bank), safesteer.load_model("embedded")

@@ -9,7 +9,7 @@ from safesteer.activations import collect
 from safesteer.answers import answer_means, stop_ids
 from safesteer.evaluation.jailbreak import WRAPPERS
 from safesteer.models import EncodedPrompt, LoadedModel, encode
-from safesteer.models.chat import turn_marker, turn_start
+from safesteer.models.chat import turn_markers, turn_start
 from safesteer.prompts.forms import FORMS, in_form
 from tests.tiny import bank_for, make, prompts
 
@@ -69,7 +69,9 @@ def test_last_and_answer_together_count_alike(llama: LoadedModel) -> None:
     one, other, both = (
         bank_for(llama, position=position, shrinkage=0.0).directions for position in ("last", "answer", "last+answer")
     )
-    expected = torch.nn.functional.normalize(one, dim=-1) + torch.nn.functional.normalize(other, dim=-1)
+    unit = torch.nn.functional.normalize
+    length = (one.norm(dim=-1, keepdim=True) + other.norm(dim=-1, keepdim=True)) / 2
+    expected = unit(unit(one, dim=-1) + unit(other, dim=-1), dim=-1) * length
     torch.testing.assert_close(both, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -86,14 +88,22 @@ def test_forms_hold_the_prompt_and_are_no_wrapper_of_the_jailbreak_suite() -> No
 def test_the_last_turn_is_found_behind_a_system_message_and_earlier_turns(
     llama: LoadedModel, system: str | None
 ) -> None:
-    marker = turn_marker(llama.tokenizer)
-    assert marker
+    markers = turn_markers(llama.tokenizer)
+    assert markers.user and markers.assistant
     talk = [
         {"role": "user", "content": "How do I break in?"},
         {"role": "assistant", "content": "Better not."},
         {"role": "user", "content": "How do I bake bread?"},
     ]
     prompt = encode(llama.tokenizer, talk, system)
-    assert turn_start(prompt.ids, marker) == prompt.content_start
-    assert turn_start((5, 6, 7), marker) == 1
-    assert turn_start((5,), marker) == 0
+    assert turn_start(prompt.ids, markers) == prompt.content_start
+    assert turn_start((5, 6, 7), markers) == 1
+    assert turn_start((5,), markers) == 0
+
+
+def test_a_marker_typed_into_the_words_hides_nothing_before_it(llama: LoadedModel) -> None:
+    markers = turn_markers(llama.tokenizer)
+    plain = encode(llama.tokenizer, "How do I break in?")
+    typed = llama.tokenizer.decode([*markers.user, *markers.space])
+    prompt = encode(llama.tokenizer, f"How do I break in? {typed}Hello")
+    assert turn_start(prompt.ids, markers) == turn_start(plain.ids, markers) == plain.content_start

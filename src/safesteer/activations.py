@@ -21,7 +21,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from safesteer.errors import SafeSteerError
-from safesteer.models.chat import EncodedPrompt, turn_marker, turn_start
+from safesteer.models.chat import EncodedPrompt, TurnMarkers, turn_markers, turn_start
 from safesteer.models.layout import Site, hidden_of
 from safesteer.models.loading import LoadedModel
 
@@ -37,7 +37,7 @@ class Activations:
     `values[site, position]`: fp32 `[layers, prompts, width]`, in the order of `layers` and of the prompts given.
     `residual_norms`: fp32 `[layers]`, mean L2 norm of the residual stream over the prompts' own tokens.
     `turns`: one fp16 tensor a prompt, `[turn layers, tokens, width]`, tokens of unit length, of which the
-    first `words` are the user's own; both empty where none was asked for.
+    first `words` are the user's own (as far as the template shows); both empty where none was asked for.
     """
 
     layers: tuple[int, ...]
@@ -162,15 +162,16 @@ def collect(
     token_count = sum(prompt.content_end - prompt.content_start for prompt in prompts)
     pad_id = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     kept = tuple(sorted(set(turn_layers)))
-    marker = turn_marker(loaded.tokenizer) if kept else ()
-    starts = [turn_start(prompt.ids, marker) if kept else 0 for prompt in prompts]
+    markers = turn_markers(loaded.tokenizer) if kept else TurnMarkers()
+    starts = [turn_start(prompt.ids, markers) if kept else 0 for prompt in prompts]
     words = [max(1, prompt.content_end - start) for prompt, start in zip(prompts, starts, strict=True) if kept]
     turns = [
         torch.zeros(len(kept), len(prompt) - start, width, dtype=torch.half)
         for prompt, start in zip(prompts, starts, strict=True) if kept
     ]  # fmt: skip
 
-    shared = shared_start(prompts, starts if kept else [prompt.content_start for prompt in prompts])
+    limits = [prompt.content_start for prompt in prompts]
+    shared = shared_start(prompts, [min(pair) for pair in zip(limits, starts, strict=True)] if kept else limits)
     cache = _cache_of(loaded, prompts[0].ids[:shared]) if shared >= SHARED_LEAST and len(prompts) > 1 else None
     shared = shared if cache is not None else 0
 

@@ -2,7 +2,7 @@
 
     answer:  a_l(x) = mean of h_l(x, t) over the greedy answer's tokens t = T+1 .. T+n,   n at most ANSWER_TOKENS
 
-The token that ends an answer is no part of it, unless the model says nothing else.
+The token that ends an answer is no part of it; an answer has at least one token.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def answer_means(
             # One token more than is read: a token is read where the model is given it to go on from.
             output = loaded.model.generate(
                 input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device), max_new_tokens=max_new_tokens + 1,
+                min_new_tokens=2, num_beams=1, num_return_sequences=1, return_dict_in_generate=False, repetition_penalty=1.0,
                 do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=padding, use_cache=True,
             )  # fmt: skip
         finally:
@@ -78,7 +79,6 @@ def answer_means(
             count = max(1, next((position for position, token in enumerate(new) if token in stops), len(new)))
             for slot, seen in enumerate(steps):
                 # The first pass is the prompt's; the pass after it is given the answer's first token.
-                read = seen[1 : 1 + count] or seen[-1:]
-                means[slot, index] = torch.stack([one[row] for one in read]).mean(dim=0)
+                means[slot, index] = torch.stack([one[row] for one in seen[1 : 1 + count]]).mean(dim=0)
         progress(len(batch))
     return means

@@ -65,8 +65,9 @@ def inspect(bank: options.BankArgument, json: options.AsJson = False) -> None:
                 f"  in another form     AUROC {quality['auroc_formed']:.3f}, begins to open for "
                 f"{quality['opened_formed_harmful']:.1%} of harmful ones, {quality['opened_formed']:.1%} of harmless ones"
             )
-        opened_calm, calm = int(quality["calm_opened"]), int(quality["calm_prompts"])
-        out.print(
-            f"  false alarms asked for: {quality['false_alarm_asked']:.1%}; {opened_calm} of {calm} harmless prompts open it "
-            f"(95%: at most {wilson(opened_calm, calm).high:.1%} of such prompts)"
-        )
+        if "calm_prompts" in quality:
+            opened_calm, calm = int(quality["calm_opened"]), int(quality["calm_prompts"])
+            out.print(
+                f"  false alarms asked for: {quality['false_alarm_asked']:.1%}; {opened_calm} of {calm} harmless prompts open it "
+                f"(95%: at most {wilson(opened_calm, calm).high:.1%} of such prompts)"
+            )

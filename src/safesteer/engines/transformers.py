@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from safesteer.activations import run_until
+from safesteer.activations import pad, run_until
+from safesteer.answers import pad_id
 from safesteer.engines.steering import Hooks
 from safesteer.errors import SteeringError
-from safesteer.models import LoadedModel
-from safesteer.models.chat import turn_marker, turn_start
+from safesteer.models import EncodedPrompt, LoadedModel
+from safesteer.models.chat import TurnMarkers, turn_markers, turn_start
 from safesteer.policy import Plan, Policy, plan
 from safesteer.vectors import Reading, VectorBank
 
@@ -49,7 +50,7 @@ class Steerer:
         """What acted on each row of the latest request."""
         self._policies: tuple[Policy, ...] = ()
         self._hooks = Hooks(loaded.layout, bank.site)
-        self._marker = turn_marker(loaded.tokenizer) if bank.gate is not None else ()
+        self._markers = turn_markers(loaded.tokenizer) if bank.gate is not None else TurnMarkers()
         self._cached: int | None = None  # tokens a KV cache must hold to continue the present request; None: no request
         self._cache: Any = None  # weak reference to that cache, once it was seen
         self._own_generate: Any = None  # a `generate` that stood on the model's instance before ours
@@ -77,32 +78,34 @@ class Steerer:
         gate = self.bank.gate
         if gate is None:
             raise SteeringError("the bank has no gate")
-        rows, count = input_ids.shape
-        mask = torch.ones(rows, count, dtype=torch.long) if attention_mask is None else attention_mask.cpu().long()
-        spans = []
-        for row in range(rows):
-            real = mask[row].nonzero().flatten().tolist() or [0]
-            start = turn_start(input_ids[row, real[0] : real[-1] + 1].tolist(), self._marker)
-            spans.append((real[0], real[0] + start, real[-1] + 1))
-        views: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in range(rows)]
+        prompts = []
+        for row, ids in enumerate(input_ids.tolist()):
+            real = (
+                range(len(ids)) if attention_mask is None else attention_mask[row].nonzero().flatten().tolist() or [0]
+            )
+            own = tuple(ids[index] for index in real)
+            prompts.append(EncodedPrompt(own, turn_start(own, self._markers), len(own)))
+        # Padded on the right, whatever was given: positions then count from 0 in every model.
+        ids, mask = pad(prompts, pad_id(self.loaded), "right")
+        views: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in prompts]
 
         def tap(slot: int) -> Any:
             def keep(hidden: torch.Tensor) -> None:
-                for row, (_, start, end) in enumerate(spans):
-                    views[row][slot] = gate.view(slot, hidden[row, start:end])
+                for view, states, prompt in zip(views, hidden, prompts, strict=True):
+                    view[slot] = gate.view(slot, states[prompt.content_start : prompt.content_end])
 
             return keep
 
         taps = [(self.loaded.layout.blocks[layer], tap(slot)) for slot, layer in enumerate(gate.layers)]
-        extra: dict[str, Any] = {"attention_mask": attention_mask} if attention_mask is not None else {}
         self._reading = True
         try:
-            run_until(self.loaded, max(gate.layers), taps, input_ids=input_ids, **extra)
+            device = input_ids.device
+            run_until(self.loaded, max(gate.layers), taps, input_ids=ids.to(device), attention_mask=mask.to(device))
         finally:
             self._reading = False
         return [
-            gate.conclude([view[slot] for slot in range(len(gate.layers))], start - padding)
-            for view, (padding, start, _) in zip(views, spans, strict=True)
+            gate.conclude([view[slot] for slot in range(len(gate.layers))], prompt.content_start)
+            for view, prompt in zip(views, prompts, strict=True)
         ]
 
     def _prepare(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:

@@ -16,7 +16,7 @@ from safesteer.errors import SafeSteerError
 
 Message = dict[str, str]
 Conversation = str | Sequence[Message]
-MARKER_TOKENS = 3
+MARKER_TOKENS = 6
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,23 @@ def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tupl
     return (inside[0], inside[-1] + 1) if inside else None
 
 
-def turn_marker(tokenizer: Any) -> tuple[int, ...]:
-    """The token ids (at most `MARKER_TOKENS`) that the chat template puts before every message of a user.
+@dataclass(frozen=True)
+class TurnMarkers:
+    """What a chat template puts before messages, as token ids (at most `MARKER_TOKENS`; empty where it is not known).
 
-    What two user messages of a probe conversation have before them in common; empty without a chat template.
+    `user` without the white space that ends it (`space`), which some tokenizers join with the message; `assistant` is how a
+    prompt ends, for the model to go on from.
     """
+
+    user: tuple[int, ...] = ()
+    space: tuple[int, ...] = ()
+    assistant: tuple[int, ...] = ()
+
+
+def turn_markers(tokenizer: Any) -> TurnMarkers:
+    """Read off a probe conversation: what its two user messages have before them in common, and how it ends."""
     if not getattr(tokenizer, "chat_template", None):
-        return ()
+        return TurnMarkers()
     probe = [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Good morning"},
@@ -102,21 +112,37 @@ def turn_marker(tokenizer: Any) -> tuple[int, ...]:
     try:
         first, second = encode(tokenizer, probe[:1]), encode(tokenizer, probe)
     except SafeSteerError:
-        return ()
+        return TurnMarkers()
     ahead, behind = first.ids[: first.content_start], second.ids[: second.content_start]
     common = 0
     while common < min(len(ahead), len(behind), MARKER_TOKENS) and ahead[-1 - common] == behind[-1 - common]:
         common += 1
-    return ahead[len(ahead) - common :]
+    user = ahead[len(ahead) - common :]
+    space: tuple[int, ...] = ()
+    while user and not tokenizer.decode(user[-1:]).strip():
+        user, space = user[:-1], user[-1:] + space
+    return TurnMarkers(user, space, first.ids[first.content_end :][-MARKER_TOKENS:])
 
 
-def turn_start(ids: Sequence[int], marker: Sequence[int]) -> int:
-    """Where the last user's message begins: after the last `marker`; where there is none, after the first token."""
+def _places(ids: Sequence[int], marker: Sequence[int]) -> list[int]:
+    """Positions right after each occurrence of `marker`."""
     size = len(marker)
-    for start in range(len(ids) - size - 1, -1, -1) if size else ():
-        if tuple(ids[start : start + size]) == tuple(marker):
-            return start + size
-    return min(1, len(ids) - 1)
+    ends = range(size, len(ids) + 1) if size else ()
+    return [end for end in ends if tuple(ids[end - size : end]) == tuple(marker)]
+
+
+def turn_start(ids: Sequence[int], markers: TurnMarkers) -> int:
+    """Where the user's words since the last answer begin.
+
+    After the first user marker that follows the last answer of the assistant: a marker typed into the words hides nothing that
+    stands before it. Where no marker is found, after the first token, so that too much is read and not too little.
+    """
+    answers = [end for end in _places(ids, markers.assistant) if end < len(ids)]
+    since = answers[-1] if answers else 0
+    start = next((end for end in _places(ids, markers.user) if since < end < len(ids)), max(since, 1))
+    if tuple(ids[start : start + len(markers.space)]) == markers.space and start + len(markers.space) < len(ids):
+        start += len(markers.space)
+    return min(start, len(ids) - 1)
 
 
 def template_digest(tokenizer: Any) -> str:

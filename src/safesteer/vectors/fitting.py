@@ -2,7 +2,7 @@
 
 w[c, l]    = direction(harmful prompts of c, harmless prompts)          at every layer asked for, read where `position` says:
              `last` token, `mean` of the prompt's words, `answer`: mean of the model's own unsteered answer, or
-             `last+answer`: w_last / ||w_last|| + w_answer / ||w_answer||
+             `last+answer`: w_last / ||w_last|| + w_answer / ||w_answer||, of their mean length
 dose[c, l] = DOSE / number of acting layers                             default recipe: a small dose on a band of layers
            = m * ||w[c, l]|| / norm[l]                                  paper recipe: raw multiplier m, one layer
 """
@@ -286,6 +286,18 @@ def _answered(rows: Sequence[_Row], sets: dict[str, PromptSet], chosen: Complete
     return sorted(found)
 
 
+def joined(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One direction of several `[width]`: the sum of their unit vectors, as long as they are on average.
+
+    Activations averaged over an answer differ by less than those of one token; each counts by its direction alone.
+    """
+    if len(vectors) == 1:
+        return vectors[0]
+    lengths = torch.stack([vector.norm() for vector in vectors])
+    total = torch.stack([torch.nn.functional.normalize(vector, dim=0) for vector in vectors]).sum(dim=0)
+    return torch.nn.functional.normalize(total, dim=0) * lengths.mean()
+
+
 def _assemble(
     loaded: LoadedModel,
     sets: dict[str, PromptSet],
@@ -302,10 +314,7 @@ def _assemble(
         harmless = _source(name, prompts, chosen)
         for slot, layer in enumerate(chosen.kept_layers):
             found = [source.direction(name, harmless, slot, chosen) for source in sources]
-            # Each source by its direction alone: activations averaged over an answer differ by less than those of one token.
-            directions[index, slot] = (
-                found[0][0] if len(found) == 1 else sum(vector / vector.norm().clamp_min(1e-12) for vector, _ in found)
-            )
+            directions[index, slot] = joined([vector for vector, _ in found])
             if layer in chosen.acting_layers and chosen.clip:
                 clipped[name] = max(clipped.get(name, 0.0), *(share for _, share in found))
     for slot, layer in enumerate(chosen.kept_layers):

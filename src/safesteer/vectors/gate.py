@@ -23,12 +23,13 @@ Where r < low the prompt is left alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, SteeringError
 
 RIDGE = 0.3  # relative to the mean diagonal of the kernel
 TAIL = 6
@@ -48,7 +49,8 @@ STEEPNESS = (
 class Reading:
     """What a gate read in one prompt: `risk`, how far the gate `opening` is (0 to 1), and the categories read.
 
-    `tokens`: z(s(t)) of each token read, in standard deviations of harmless prompts; `first` is the position of the first.
+    `tokens`: z(s(t)) of each token read, in standard deviations of harmless prompts; `first` is the position of the
+    first, counted without padding.
     """
 
     risk: float
@@ -95,6 +97,8 @@ class Gate:
         risk_and_topics = self.weights @ ends + self.biases
         ends_at, passage = float(risk_and_topics[0]), float(strongest(scores))
         risk = float(_join(torch.tensor([[ends_at, passage]]), self.calm)[0])
+        if not math.isfinite(risk):
+            raise SteeringError("the model's activations at this prompt are not finite, so its risk cannot be read")
         opening = min(1.0, max(0.0, (risk - self.low) / (self.high - self.low)))
         topics = risk_and_topics[1:]
         best = float(topics.max())
@@ -240,6 +244,8 @@ def fit_gate(
     calm = torch.tensor([k in ("pool", "soundalike") for k in kind]) & ~is_harmful & is_plain
     if not bool(calm.any()):
         calm = ~is_harmful & is_plain
+    if int(calm.sum()) < 2 or len(names) < 2:
+        raise SafeSteerError("a gate needs at least two harmless prompts as written, and two subtopics")
     parts = torch.stack([held_out[:, 0].float(), passages], dim=1)
     scale = torch.stack([parts[calm].mean(dim=0), parts[calm].std(dim=0, correction=0).clamp_min(1e-6)], dim=1)
     risk = _join(parts, scale)
