@@ -138,7 +138,7 @@ class VectorBank:
             "high": self.gate.high,
             "quality": self.gate.quality,
         }
-        # written only where it differs, so that the digests of older banks stay what they were
+        # written only where it differs from the default
         tokens = {} if self.tokens == "all" else {"tokens": self.tokens}
         return {
             **tokens,
