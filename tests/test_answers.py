@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safesteer.activations import collect
-from safesteer.answers import answer_means, stop_ids
+from safesteer.answers import answer_means
 from safesteer.evaluation.jailbreak import WRAPPERS
 from safesteer.models import EncodedPrompt, LoadedModel, encode
 from safesteer.models.chat import turn_markers, turn_start
@@ -23,7 +23,7 @@ def answered(loaded: LoadedModel, text: str, tokens: int) -> EncodedPrompt:
         input_ids=torch.tensor([prompt.ids]), max_new_tokens=tokens, do_sample=False, pad_token_id=0
     )[0].tolist()
     new = output[len(prompt) :]
-    while len(new) > 1 and new[-1] in stop_ids(loaded):
+    while len(new) > 1 and new[-1] in loaded.stop_ids:
         new.pop()
     return EncodedPrompt(prompt.ids + tuple(new), len(prompt), len(prompt) + len(new))
 

@@ -239,6 +239,10 @@ BAD: dict[str, tuple[list[Any], str]] = {
         ["fit", "{model}", "--out", "{new}", "--prompts", "{good}", "--multiplier", "-1"],
         "must be a number above 0",
     ),
+    "a false-alarm rate above 1": (
+        ["fit", "{model}", "--out", "{new}", "--prompts", "{good}", "--false-alarm", "2"],
+        "is not between 0 and 1",
+    ),
     "half a character": (["generate", "{bank}", "--prompts", "{surrogate}"], "line 1: prompt holds half a character"),
     "a key given twice in a policy": (
         ["generate", "{bank}", "--prompt", "x", "--policy", "{double_policy}"],

@@ -4,7 +4,7 @@ For prompt x with tokens t = 1..T:
     last:  a_l(x) = h_l(x, T)                        the last token, where the answer begins
     mean:  a_l(x) = mean of h_l(x, t) over the user's own words (no BOS, no template)
 
-and, for a gate, h_l(x, t) / ||h_l(x, t)|| of every token from the start of the last user's message on (`turns`).
+and, for a gate, h_l(x, t) / ||h_l(x, t)|| of every token from what the user wrote since the last answer on (`turns`).
 
 Prompts are batched by length; what they all begin with (a system message) is computed once; nothing is computed beyond the
 last layer asked for, no logits and no list of all hidden states are kept, and no padded token is ever pooled.
@@ -21,7 +21,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from safesteer.errors import SafeSteerError
-from safesteer.models.chat import EncodedPrompt, TurnMarkers, turn_markers, turn_start
+from safesteer.models.chat import EncodedPrompt, turn_markers, turn_start
 from safesteer.models.layout import Site, hidden_of
 from safesteer.models.loading import LoadedModel
 
@@ -160,24 +160,24 @@ def collect(
     }
     norm_sums = torch.zeros(len(chosen), dtype=torch.float64)
     token_count = sum(prompt.content_end - prompt.content_start for prompt in prompts)
-    pad_id = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     kept = tuple(sorted(set(turn_layers)))
-    markers = turn_markers(loaded.tokenizer) if kept else TurnMarkers()
-    starts = [turn_start(prompt.ids, markers) if kept else 0 for prompt in prompts]
-    words = [max(1, prompt.content_end - start) for prompt, start in zip(prompts, starts, strict=True) if kept]
-    turns = [
-        torch.zeros(len(kept), len(prompt) - start, width, dtype=torch.half)
-        for prompt, start in zip(prompts, starts, strict=True) if kept
-    ]  # fmt: skip
+    starts = [prompt.content_start for prompt in prompts]
+    words: list[int] = []
+    turns: list[torch.Tensor] = []
+    if kept:
+        markers = turn_markers(loaded.tokenizer)
+        starts = [turn_start(prompt.ids, markers) for prompt in prompts]
+        pairs = list(zip(prompts, starts, strict=True))
+        words = [max(1, prompt.content_end - start) for prompt, start in pairs]
+        turns = [torch.zeros(len(kept), len(prompt) - start, width, dtype=torch.half) for prompt, start in pairs]
 
-    limits = [prompt.content_start for prompt in prompts]
-    shared = shared_start(prompts, [min(pair) for pair in zip(limits, starts, strict=True)] if kept else limits)
+    shared = shared_start(prompts, [*starts, *(prompt.content_start for prompt in prompts)])
     cache = _cache_of(loaded, prompts[0].ids[:shared]) if shared >= SHARED_LEAST and len(prompts) > 1 else None
     shared = shared if cache is not None else 0
 
     for batch in batches_by_length(prompts, batch_tokens):
         rows = [prompts[index] for index in batch]
-        ids, mask = pad(rows, pad_id, "right")
+        ids, mask = pad(rows, loaded.pad_id, "right")
         ids = ids[:, shared:]
         time = torch.arange(shared, shared + ids.shape[1])
         content = (time >= torch.tensor([[row.content_start] for row in rows])) & (

@@ -20,20 +20,6 @@ ANSWER_TOKENS = 32
 BATCH_TOKENS = 4096  # prompt and answer tokens of a batch, padded
 
 
-def stop_ids(loaded: LoadedModel) -> set[int]:
-    """Token ids that end an answer, from the generation config and the tokenizer."""
-    stops: set[int] = set()
-    for value in (loaded.model.generation_config.eos_token_id, loaded.tokenizer.eos_token_id):
-        stops.update(value if isinstance(value, list) else [value] if value is not None else [])
-    return stops
-
-
-def pad_id(loaded: LoadedModel) -> int:
-    """The token that fills a batch: the tokenizer's own, else one that ends a text, else 0."""
-    own = loaded.tokenizer.pad_token_id
-    return int(own if own is not None else loaded.tokenizer.eos_token_id or 0)
-
-
 @torch.inference_mode()
 def answer_means(
     loaded: LoadedModel,
@@ -48,7 +34,7 @@ def answer_means(
 
     `progress` is called with the number of prompts just answered.
     """
-    stops, padding = stop_ids(loaded), pad_id(loaded)
+    stops, padding = loaded.stop_ids, loaded.pad_id
     means = torch.zeros(len(layers), len(prompts), loaded.layout.width)
     room = [EncodedPrompt(one.ids + (padding,) * max_new_tokens, 0, 1) for one in prompts]
     for batch in batches_by_length(room, BATCH_TOKENS):

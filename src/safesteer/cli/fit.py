@@ -44,21 +44,22 @@ def _settings(
     from safesteer.policy import parse_layers
     from safesteer.prompts import read_prompts
     from safesteer.vectors import METHODS, FitSettings
-    from safesteer.vectors.fitting import READINGS, Harmless, Recipe
+    from safesteer.vectors.fitting import READ_AT, Harmless, Recipe
+    from safesteer.vectors.gate import check_false_alarm
 
     if dose is not None and multiplier is not None:
         raise SafeSteerError("give either --dose or --multiplier, not both")
     if dose is not None and not 0 < dose <= 2:
         raise SafeSteerError(f"--dose {dose:g} must be above 0 and at most 2 (a share of the residual norm)")
-    if false_alarm is not None and not 0 < false_alarm < 1:
-        raise SafeSteerError(f"--false-alarm {false_alarm:g} must be between 0 and 1")
+    if false_alarm is not None:
+        check_false_alarm(false_alarm)
     known = get_args(Harmless)
     return FitSettings(
         recipe=_choice(recipe, get_args(Recipe), "--recipe"),
         method=_choice(method, METHODS, "--method"),
         site=_choice(site, SITES, "--site"),
         layers=None if layers == "auto" else parse_layers(layers),
-        position=_choice(position, READINGS, "--position"),
+        position=_choice(position, READ_AT, "--position"),
         harmless=cast(Harmless, harmless)
         if harmless is None or harmless in known
         else read_prompts(harmless, "harmless"),

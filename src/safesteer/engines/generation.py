@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from safesteer.activations import pad
-from safesteer.answers import pad_id, stop_ids
 from safesteer.engines.transformers import Steerer
 from safesteer.errors import SafeSteerError
 from safesteer.models import Conversation, LoadedModel, encode
@@ -68,7 +67,7 @@ def generate(
     encoded = [encode(loaded.tokenizer, request.prompt, request.system) for request in requests]
     order = sorted(range(len(requests)), key=lambda index: len(encoded[index]))
     size = chosen.batch_size or AUTO_BATCH
-    padding = pad_id(loaded)
+    padding = loaded.pad_id
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if chosen.temperature > 0:
         sampling = {"do_sample": True, "temperature": chosen.temperature}
@@ -76,7 +75,7 @@ def generate(
     default = Policy.default(bank) if bank is not None else Policy.off()
     steerer = Steerer(loaded, bank, default, force=force) if bank is not None else None
     responses: dict[int, Response] = {}
-    stops = stop_ids(loaded)
+    stops = loaded.stop_ids
     start = 0
     while start < len(order):
         batch = order[start : start + size]

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from safesteer.activations import pad, run_until
-from safesteer.answers import pad_id
 from safesteer.engines.steering import Hooks
 from safesteer.errors import SteeringError
 from safesteer.models import EncodedPrompt, LoadedModel
@@ -78,21 +77,19 @@ class Steerer:
         gate = self.bank.gate
         if gate is None:
             raise SteeringError("the bank has no gate")
+        masks = [[1] * input_ids.shape[1]] * len(input_ids) if attention_mask is None else attention_mask.tolist()
         prompts = []
-        for row, ids in enumerate(input_ids.tolist()):
-            real = (
-                range(len(ids)) if attention_mask is None else attention_mask[row].nonzero().flatten().tolist() or [0]
-            )
-            own = tuple(ids[index] for index in real)
+        for row, real in zip(input_ids.tolist(), masks, strict=True):
+            own = tuple(token for token, is_real in zip(row, real, strict=False) if is_real) or (row[0],)
             prompts.append(EncodedPrompt(own, turn_start(own, self._markers), len(own)))
         # Padded on the right, whatever was given: positions then count from 0 in every model.
-        ids, mask = pad(prompts, pad_id(self.loaded), "right")
-        views: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in prompts]
+        ids, mask = pad(prompts, self.loaded.pad_id, "right")
+        spans = [(prompt.content_start, prompt.content_end) for prompt in prompts]
+        views: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
         def tap(slot: int) -> Any:
             def keep(hidden: torch.Tensor) -> None:
-                for view, states, prompt in zip(views, hidden, prompts, strict=True):
-                    view[slot] = gate.view(slot, states[prompt.content_start : prompt.content_end])
+                views[slot] = gate.view(slot, hidden, spans)
 
             return keep
 
@@ -104,8 +101,8 @@ class Steerer:
         finally:
             self._reading = False
         return [
-            gate.conclude([view[slot] for slot in range(len(gate.layers))], prompt.content_start)
-            for view, prompt in zip(views, prompts, strict=True)
+            gate.conclude([views[slot][row] for slot in range(len(gate.layers))], first)
+            for row, (first, _) in enumerate(spans)
         ]
 
     def _prepare(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:

@@ -33,7 +33,6 @@ def perplexities(
 ) -> list[float | None]:
     """Perplexity of each response after its prompt, under the model unsteered; None for an empty response."""
     tokenizer = loaded.tokenizer
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     rows = []
     for prompt, response in zip(prompts, responses, strict=True):
         start = encode(tokenizer, prompt).ids
@@ -42,7 +41,7 @@ def perplexities(
         )
     values: list[float | None] = [None] * len(rows)
     for batch in batches_by_length(rows, BATCH_TOKENS):
-        ids, mask = pad([rows[index] for index in batch], pad_id, "right")
+        ids, mask = pad([rows[index] for index in batch], loaded.pad_id, "right")
         logits = loaded.model(input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device)).logits
         for slot, index in enumerate(batch):
             first, last = rows[index].content_start, len(rows[index])
@@ -66,11 +65,10 @@ def divergences(
 ) -> list[float]:
     """KL of the next-token distribution at the end of each prompt, unsteered against steered by `policies`, in nats."""
     encoded = [encode(loaded.tokenizer, prompt) for prompt in prompts]
-    pad_id = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else 0
     values = [0.0] * len(encoded)
     steerer = Steerer(loaded, bank, force=force)
     for batch in batches_by_length(encoded, BATCH_TOKENS):
-        ids, mask = pad([encoded[index] for index in batch], pad_id, "left")
+        ids, mask = pad([encoded[index] for index in batch], loaded.pad_id, "left")
         inputs = {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
         plain = torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
         steerer.assign([policies[index] for index in batch])

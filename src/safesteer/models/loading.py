@@ -43,6 +43,20 @@ class LoadedModel:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
+    @property
+    def pad_id(self) -> int:
+        """The token that fills a batch: the tokenizer's own, else one that ends a text, else 0."""
+        own = self.tokenizer.pad_token_id
+        return int(own if own is not None else self.tokenizer.eos_token_id or 0)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Token ids that end an answer, from the generation config and the tokenizer."""
+        stops: set[int] = set()
+        for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
+            stops.update(value if isinstance(value, list) else [value] if value is not None else [])
+        return stops
+
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, name: str | None = None, revision: str | None = None) -> LoadedModel:
         """Wrap a model and a tokenizer that you loaded yourself."""

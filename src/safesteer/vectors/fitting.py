@@ -27,11 +27,11 @@ from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenat
 from safesteer.prompts.forms import in_form
 from safesteer.vectors.bank import VectorBank
 from safesteer.vectors.directions import Method, clip_massive, direction, shrink
-from safesteer.vectors.gate import FALSE_ALARM, Gate, fit_gate
+from safesteer.vectors.gate import FALSE_ALARM, Gate, check_false_alarm, fit_gate
 
 Recipe = Literal["default", "paper"]
-Reading = Literal["last", "mean", "answer", "last+answer"]
-READINGS: tuple[Reading, ...] = get_args(Reading)
+ReadAt = Literal["last", "mean", "answer", "last+answer"]
+READ_AT: tuple[ReadAt, ...] = get_args(ReadAt)
 Harmless = Literal["auto", "matched", "builtin"]
 
 # Fractions of the depth, chosen on the tune split of the embedded model (docs/method.md).
@@ -40,12 +40,8 @@ ACTING = (0.4, 0.7)  # layers that act by default
 GATE = (0.4, 0.5, 0.6)  # layers that the gate reads
 ANSWERED = 16  # prompts of a category, and as many of its counterparts, whose answers are read
 ANSWERED_POOL = 64
-FORMED = {
-    "harmful": 2,
-    "matched": 4,
-    "pool": 2,
-    "soundalike": 2,
-}  # of how many prompts a gate reads one in another form
+# Of how many prompts of a kind a gate reads one in another form.
+FORMED = {"harmful": 2, "matched": 4, "pool": 2, "soundalike": 2}
 DOSE = 0.22  # total relative dose over the acting layers
 SHRINKAGE = 0.5  # how far category directions are moved towards the one they share
 PAPER_LAYERS = (14 / 32, 16 / 32, 20 / 32, 25 / 32, 31 / 32)  # the layers the paper tried, of 32; the first acts
@@ -66,7 +62,7 @@ class FitSettings:
     method: Method | None = None
     site: Site | None = None
     layers: tuple[int, ...] | None = None
-    position: Reading | None = None
+    position: ReadAt | None = None
     harmless: Harmless | PromptSet | None = None
     dose: float | None = None
     multiplier: float | None = None
@@ -115,7 +111,7 @@ class CompleteSettings:
     site: Site
     kept_layers: tuple[int, ...]
     acting_layers: tuple[int, ...]
-    position: Reading
+    position: ReadAt
     harmless: Harmless | PromptSet
     dose: float
     multiplier: float | None
@@ -164,8 +160,7 @@ def fit(
     for what, value in (("dose", chosen.dose), ("multiplier", chosen.multiplier)):
         if value is not None and not 0 < value < math.inf:
             raise SafeSteerError(f"the {what} {value:g} must be a number above 0")
-    if not 0 < chosen.false_alarm < 1:
-        raise SafeSteerError(f"a false-alarm rate of {chosen.false_alarm:g} is not between 0 and 1")
+    check_false_alarm(chosen.false_alarm)
     if not 0 <= chosen.shrinkage <= 1:
         raise SafeSteerError(f"shrinkage {chosen.shrinkage:g} is not within 0 to 1")
     loaded.layout.module(chosen.site, 0)

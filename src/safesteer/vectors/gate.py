@@ -1,6 +1,7 @@
 """Reading the risk of a prompt: is it harmful, and which category is it about?
 
-Of every token t of the last user's message, and of what the template puts after it, the residual stream at a few layers l:
+Of every token t of what the user wrote since the last answer, and of what the template puts after it, the residual stream at a
+few layers l:
 
     h(t)      = for each l: h_l(t) of unit length, less its mean over the prompts of the fit, of unit length again; joined
 
@@ -24,6 +25,7 @@ Where r < low the prompt is left alone.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,11 +86,17 @@ class Gate:
     high: float
     quality: dict[str, float]
 
-    def view(self, slot: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What one layer shows of a prompt's tokens `[tokens, width]`: its `[2, width]` part of the ending, `[tokens]` of s."""
+    def view(
+        self, slot: int, states: torch.Tensor, spans: Sequence[tuple[int, int]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What one layer shows of a batch `[prompts, tokens, width]`, of which each prompt's tokens are a span (first, end).
+
+        For each prompt its `[2, width]` part of the ending, and its part of s `[tokens]`; all on the CPU, by one transfer each.
+        """
         centred = centre(states, self.centres[slot].to(states.device))
-        scores = centred @ self.token_weights[slot].to(states.device)
-        return ending(centred).cpu(), scores.cpu()
+        scores = (centred @ self.token_weights[slot].to(states.device)).cpu()
+        ends = torch.stack([ending(row[first:end]) for row, (first, end) in zip(centred, spans, strict=True)]).cpu()
+        return [(one, row[first:end]) for one, row, (first, end) in zip(ends, scores, spans, strict=True)]
 
     def conclude(self, views: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int = 0) -> Reading:
         """The reading of a prompt from its `view` at each layer in turn; `first` is the position of the first token."""
@@ -114,7 +122,10 @@ class Gate:
 
     def read(self, turns: Sequence[torch.Tensor]) -> list[Reading]:
         """One `Reading` a prompt, from residual streams `[layers, tokens, width]` (`Activations.turns`)."""
-        return [self.conclude([self.view(slot, states) for slot, states in enumerate(turn)]) for turn in turns]
+        return [
+            self.conclude([self.view(slot, states[None], [(0, len(states))])[0] for slot, states in enumerate(turn)])
+            for turn in turns
+        ]
 
 
 def centre(states: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -170,10 +181,17 @@ def auroc(positive: torch.Tensor, negative: torch.Tensor) -> float:
     return float((below + not_above).double().mean() / (2 * len(negative)))
 
 
+def check_false_alarm(rate: float) -> None:
+    """Refuse a rate that is no share."""
+    if not 0 < rate < 1:
+        raise SafeSteerError(f"a false-alarm rate of {rate:g} is not between 0 and 1; give a share such as 0.05")
+
+
 def _row_weights(kinds: Sequence[str], plain: torch.Tensor) -> torch.Tensor:
     """A weight a row: each kind counts as `KIND_WEIGHTS` says however many prompts it has, in another form as much again."""
     keys = list(zip(kinds, plain.tolist(), strict=True))
-    return torch.tensor([KIND_WEIGHTS.get(key[0], 1.0) / keys.count(key) for key in keys])
+    counts = Counter(keys)
+    return torch.tensor([KIND_WEIGHTS.get(key[0], 1.0) / counts[key] for key in keys])
 
 
 def fit_gate(
@@ -198,8 +216,7 @@ def fit_gate(
     """
     categories = tuple(dict.fromkeys(label for label in labels if label is not None))
     is_harmful = torch.tensor(list(harmful))
-    if not 0 < false_alarm < 1:
-        raise SafeSteerError(f"a false-alarm rate of {false_alarm:g} is not between 0 and 1")
+    check_false_alarm(false_alarm)
     if not categories or not bool(is_harmful.any()) or bool(is_harmful.all()):
         raise SafeSteerError("a gate needs harmful and harmless prompts of at least one category")
     is_plain = torch.ones(len(turns), dtype=torch.bool) if plain is None else torch.tensor(list(plain))
