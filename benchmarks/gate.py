@@ -60,9 +60,10 @@ def main() -> None:
     for label, group in (("wrapped", list(wrapped.values())), ("readable wrapped", readable)):
         bad, good = (torch.cat([one[kind] for one in group]) for kind in ("harmful", "harmless"))
         against = auroc(bad, torch.cat([plain["pool"], plain["sound-alikes"]]))
+        opened = [f"{(one > bank.gate.low).float().mean():.1%}" for one in (bad, good)]
         print(
-            f"{label}: opens for {(bad > bank.gate.low).float().mean():.1%} of harmful and {(good > bank.gate.low).float().mean():.1%} of "
-            f"harmless prompts, AUROC {auroc(bad, good):.3f}, against plain harmless ones {against:.3f}"
+            f"{label}: opens for {opened[0]} of harmful and {opened[1]} of harmless prompts, AUROC {auroc(bad, good):.3f}, "
+            f"against plain harmless ones {against:.3f}"
         )
 
 
