@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from safesteer import engines
+from safesteer.engines import GenerationSettings, Request
 from safesteer.errors import PolicyError, SafeSteerError
 from safesteer.evaluation import responding
 from safesteer.evaluation.conditions import conditions, only, scaled
@@ -290,3 +294,45 @@ def test_the_fit_prompts_of_a_foreign_set_are_not_called_checked(bank: VectorBan
     known, unknown = known_prompts(bank)
     assert unknown == list(bank.categories)
     assert len(known) > 0
+
+
+def test_a_category_alone_answers_anew_only_what_it_acts_on(
+    llama: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = bank_for(llama, gate=True)
+    rows = tuple(
+        SuiteRow(f"r{i}", f"How do I {verb} the vase?", "hate") for i, verb in enumerate(("smash", "mend", "see"))
+    )
+    suite = Suite("mine", rows)
+    settings = GenerationSettings(max_new_tokens=8)
+    plain, alone = conditions(["none"], bank, controls=False), [only(conditions([], bank)[0], "breaking")]
+    readings = engines.read(llama, bank, [Request(row.prompt) for row in rows])
+    # Whatever this random model reads, let the prompt of the highest risk be the only one to act.
+    top = sorted(one.risk for one in readings)
+    edge = (top[-1] + top[-2]) / 2
+    bank = replace(bank, gate=replace(bank.gate, low=edge, high=edge + 1e-6, floors=torch.full((2,), -1e9)))  # type: ignore[arg-type]
+    monkeypatch.setattr("safesteer.vectors.gate.SECOND", -1e9)
+    alone = [replace(one, bank=bank) for one in alone]
+    ledger = Ledger(tmp_path / "work.jsonl")
+    unsteered = responding.respond(llama, [suite], plain, settings, ledger, model_digest="m")
+    whole = responding.respond(llama, [suite], alone, settings, ledger, model_digest="m")
+    asked: list[int] = []
+    real = responding.generate
+    monkeypatch.setattr(
+        responding,
+        "generate",
+        lambda *a, **k: (asked.append(len(a[2])), real(*a, **k))[1],  # type: ignore[func-returns-value]
+    )
+    sparse = responding.respond_where_acting(
+        llama, suite, alone, settings, ledger, unsteered, model_digest="m", progress=lambda count: None
+    )
+    assert asked == [1]
+    assert [row["response"] for row in sparse] == [row["response"] for row in whole]
+    assert sum(bool(row["steering"]["acting"]) for row in sparse) == 1
+    assert [row["id"] for row in sparse] == [row["id"] for row in whole]
+
+
+def test_selectivity_asks_for_the_unsteered_model(llama: LoadedModel, bank: VectorBank, tmp_path: Path) -> None:
+    settings = EvaluationSettings(max_new_tokens=8, selectivity=True)
+    with pytest.raises(SafeSteerError, match="--no-controls"):
+        evaluate(llama, bank, [SUITE], conditions([], bank, controls=False), [_Lengths()], settings, tmp_path)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from safesteer.activations import pad
+from safesteer.activations import batches_by_length, pad
 from safesteer.engines.transformers import Steerer
 from safesteer.errors import SafeSteerError
 from safesteer.models import Conversation, LoadedModel, encode
 from safesteer.policy import Policy
-from safesteer.vectors import VectorBank
+from safesteer.vectors import Reading, VectorBank
 
 AUTO_BATCH = 32
 
@@ -107,6 +107,18 @@ def generate(
             responses[index] = Response(text, records[row], end, seconds)
         progress(len(batch))
     return [responses[index] for index in range(len(requests))]
+
+
+@torch.inference_mode()
+def read(loaded: LoadedModel, bank: VectorBank, requests: Sequence[Request], *, force: bool = False) -> list[Reading]:
+    """What the bank's gate reads in each request, without answering it; policies are not looked at."""
+    steerer = Steerer(loaded, bank, Policy.off(), force=force)
+    encoded = [encode(loaded.tokenizer, request.prompt, request.system) for request in requests]
+    found: dict[int, Reading] = {}
+    for batch in batches_by_length(encoded):
+        ids, mask = pad([encoded[index] for index in batch], loaded.pad_id, "right")
+        found.update(zip(batch, steerer.read(ids.to(loaded.device), mask.to(loaded.device)), strict=True))
+    return [found[index] for index in range(len(requests))]
 
 
 @torch.inference_mode()

@@ -7,13 +7,16 @@ so that a resumed run forms the same batches, and gives the same texts, as one t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from safesteer.engines import GenerationSettings, Request, generate
+from safesteer.engines import GenerationSettings, Request, generate, read
 from safesteer.evaluation.conditions import Condition
 from safesteer.evaluation.ledger import Ledger, key_of
 from safesteer.evaluation.suites import Suite, SuiteRow
 from safesteer.models import LoadedModel, encode
+from safesteer.policy import plan
+from safesteer.vectors import Reading
 
 CHUNK = 64
 
@@ -76,6 +79,44 @@ def respond(
             rows += [_row(condition, suite, row, found[row.identifier]) for row in suite]
     order = {condition.name: index for index, condition in enumerate(conditions)}
     return sorted(rows, key=lambda row: order[row["policy"]])
+
+
+def respond_where_acting(
+    loaded: LoadedModel,
+    suite: Suite,
+    conditions: Sequence[Condition],
+    settings: GenerationSettings,
+    ledger: Ledger,
+    unsteered: Sequence[dict[str, Any]],
+    *,
+    model_digest: str,
+    force: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, Any]]:
+    """Like `respond` to one suite, but prompts for which nothing acts keep the answer they have among the rows `unsteered`.
+
+    A row on which nothing acts equals the unsteered model, so that many conditions of which each acts on few prompts cost
+    little. Each prompt is read once for all conditions.
+    """
+    plain = {row["id"]: row for row in unsteered}
+    gated = next((one.bank for one in conditions if one.policy.gated), None)
+    requests = [Request(row.prompt, None, None) for row in suite]
+    readings: Sequence[Reading | None] = [None] * len(suite)
+    if gated is not None:
+        readings = read(loaded, gated, requests, force=force)
+    rows: list[dict[str, Any]] = []
+    for condition in conditions:
+        plans = [plan(condition.policy, condition.bank, reading) for reading in readings]
+        acting = replace(suite, rows=tuple(row for row, one in zip(suite, plans, strict=True) if one.acting))
+        done = respond(
+            loaded, [acting], [condition], settings, ledger, model_digest=model_digest, force=force, progress=progress
+        )
+        answered = {row["id"]: row for row in done}
+        for row, one in zip(suite, plans, strict=True):
+            kept = {"response": plain[row.identifier]["response"], "tokens": 0, "seconds": 0.0, "steering": one.to_json()}
+            rows.append(answered.get(row.identifier) or _row(condition, suite, row, kept))
+        progress(len(suite) - len(acting))
+    return rows
 
 
 def _row(condition: Condition, suite: Suite, row: SuiteRow, answer: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from safesteer.evaluation.ledger import Ledger, key_of
 from safesteer.evaluation.measures import divergences, overlaps, perplexities
 from safesteer.evaluation.overlap import overlap
 from safesteer.evaluation.report import render
-from safesteer.evaluation.responding import condition_key, respond
+from safesteer.evaluation.responding import condition_key, respond, respond_where_acting
 from safesteer.evaluation.results import JudgeRecord, PolicyRecord, Results, SuiteRecord
 from safesteer.evaluation.suites import Suite, check_distinct
 from safesteer.evaluation.summary import CONTROL, dose_response, records, selectivity
@@ -76,6 +76,8 @@ def evaluate(
     if not suites or not judges:
         raise SafeSteerError("an evaluation needs at least one suite and one judge")
     check_distinct(suites)
+    if settings.selectivity and not any(condition.kind == "none" for condition in conditions):
+        raise SafeSteerError("selectivity is a change against the unsteered model; leave out --no-controls or add --policy none")
     seconds: dict[str, float] = {}
     model_digest = model_digest_of(loaded)
     generation = GenerationSettings(settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size)
@@ -100,15 +102,20 @@ def evaluate(
         strongest = max((how.strength for how in main.policy.categories.values()), default=0.0)
         factors = [factor for factor in settings.doses if factor not in (0.0, 1.0)]
         jobs.append((harmful, [scaled(main, x) for x in factors if x * strongest <= bank.strength_ceiling]))
-    if main is not None and settings.selectivity:
-        jobs.append((harmful[:1], [only(main, name) for name in main.policy.categories]))
-    count = sum(sum(map(len, some)) * len(used) for some, used in jobs)
+    alone = [only(main, name) for name in main.policy.categories] if main is not None and settings.selectivity else []
+    count = sum(sum(map(len, some)) * len(used) for some, used in [*jobs, (harmful[:1], alone)])
     tick = stage("Generating", count)
     ledger = Ledger(work / "responses.jsonl")
     rows: list[dict[str, Any]] = []
     for some, used in jobs:
         rows += respond(
             loaded, some, used, generation, ledger,
+            model_digest=model_digest, force=force, progress=tick,
+        )  # fmt: skip
+    if alone and harmful:
+        unsteered = [row for row in rows if row["policy"] == CONTROL and row["suite"] == harmful[0].name]
+        rows += respond_where_acting(
+            loaded, harmful[0], alone, generation, ledger, unsteered,
             model_digest=model_digest, force=force, progress=tick,
         )  # fmt: skip
 
