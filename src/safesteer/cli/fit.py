@@ -81,7 +81,7 @@ def fit(
         list[Path] | None, typer.Option(help="Your own harmful prompts: .jsonl, .csv, or hf:owner/name. Repeatable.")
     ] = None,
     harmless: Annotated[
-        str | None, typer.Option(help="What stands against them: auto, matched, builtin, or a prompt file.")
+        str | None, typer.Option(help="What stands against them: auto, matched, shared, builtin, or a prompt file.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="mean-difference, pruned-mean-difference or pca.")] = None,
     site: Annotated[str | None, typer.Option(help="residual, attention or mlp.")] = None,

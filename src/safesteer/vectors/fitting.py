@@ -3,6 +3,8 @@
 w[c, l]    = direction(harmful prompts of c, harmless prompts)          at every layer asked for, read where `position` says:
              `last` token, `mean` of the prompt's words, `answer`: mean of the model's own unsteered answer, or
              `last+answer`: w_last / ||w_last|| + w_answer / ||w_answer||, of their mean length
+             A category whose prompts have no counterparts takes the direction that the built-in pairs share:
+             unit(sum over built-in categories k, k not c, of unit(w[k, l])), from `LENT` pairs of each.
 dose[c, l] = DOSE / number of acting layers                             default recipe: a small dose on a band of layers
            = m * ||w[c, l]|| / norm[l]                                  paper recipe: raw multiplier m, one layer
 """
@@ -32,7 +34,7 @@ from safesteer.vectors.gate import FALSE_ALARM, Gate, check_false_alarm, fit_gat
 Recipe = Literal["default", "paper"]
 ReadAt = Literal["last", "mean", "answer", "last+answer"]
 READ_AT: tuple[ReadAt, ...] = get_args(ReadAt)
-Harmless = Literal["auto", "matched", "builtin"]
+Harmless = Literal["auto", "matched", "shared", "builtin"]
 
 # Fractions of the depth, chosen on the tune split of the embedded model (docs/method.md).
 BAND = (0.2, 0.7)  # layers whose directions are kept, so that a policy can choose among them
@@ -40,6 +42,7 @@ ACTING = (0.4, 0.7)  # layers that act by default
 GATE = (0.4, 0.5, 0.6)  # layers that the gate reads
 ANSWERED = 16  # prompts of a category, and as many of its counterparts, whose answers are read
 ANSWERED_POOL = 64
+LENT = 16  # pairs of each built-in category, for the direction that they share
 # Of how many prompts of a kind a gate reads one in another form.
 FORMED = {"harmful": 2, "matched": 4, "pool": 2, "soundalike": 2}
 DOSE = 0.22  # total relative dose over the acting layers
@@ -51,8 +54,9 @@ PAPER_LAYERS = (14 / 32, 16 / 32, 20 / 32, 25 / 32, 31 / 32)  # the layers the p
 class FitSettings:
     """How to fit; what is None is chosen by the recipe.
 
-    `layers`: 0-based; they are read and they act. `harmless`: `matched` counterparts, the `builtin` pool, `auto` (matched
-    where every prompt of a category has a counterpart, else builtin), or a prompt set of your own. `dose`: total relative
+    `layers`: 0-based; they are read and they act. `harmless`: `matched` counterparts, the direction `shared` by the
+    built-in pairs of other categories, the `builtin` pool, `auto` (matched where every prompt of a category has a counterpart,
+    else shared), or a prompt set of your own. `dose`: total relative
     dose at strength 1. `multiplier`: raw m of the paper, instead of a dose. `shrinkage`: 0 (each category on its own) to 1
     (one direction for all). `gate`: whether to fit one. `false_alarm`: the share of harmless prompts for
     which it may open, 0 to 1.
@@ -172,12 +176,15 @@ def fit(
     formed = _formed(rows) if chosen.gate else []
     encoded_forms = _encode_all(loaded, [row.text for row in formed])
     spoken = _answered(rows, sets, chosen) if "answer" in chosen.position else []
+    lent = _lent(sets, chosen)
+    encoded_lent = _encode_all(loaded, [row.text for row in lent])
+    lent_answers = len(lent) if "answer" in chosen.position else 0
     done = 0
 
     def count(more: int) -> None:
         nonlocal done
         done += more
-        progress(done, len(rows) + len(formed) + len(spoken))
+        progress(done, len(rows) + len(formed) + len(spoken) + len(lent) + lent_answers)
 
     position: Position = "mean" if chosen.position == "mean" else "last"
     gate_layers = chosen.gate_layers if chosen.gate else ()
@@ -188,11 +195,18 @@ def fit(
         asked = [encoded[index] for index in spoken]
         means = answer_means(loaded, asked, chosen.kept_layers, chosen.site, progress=count)
         sources.append(_Source([rows[index] for index in spoken], means))
+    lenders: list[_Source] = []
+    if lent and chosen.position != "answer":
+        ends = collect(loaded, encoded_lent, chosen.kept_layers, (chosen.site,), (position,), progress=count)
+        lenders.append(_Source(lent, ends.values[chosen.site, position]))
+    if lent_answers:
+        means = answer_means(loaded, encoded_lent, chosen.kept_layers, chosen.site, progress=count)
+        lenders.append(_Source(lent, means))
     gate = None
     if chosen.gate:
         forms = collect(loaded, encoded_forms, gate_layers, turn_layers=gate_layers, progress=count)
         gate = _gate([*rows, *formed], (read, forms), chosen)
-    return _assemble(loaded, sets, sources, read, chosen, gate)
+    return _assemble(loaded, sets, sources, lenders, read, chosen, gate)
 
 
 def _harmful_sets(categories: Sequence[str] | None, prompts: PromptSet | None) -> dict[str, PromptSet]:
@@ -218,12 +232,14 @@ def _harmful_sets(categories: Sequence[str] | None, prompts: PromptSet | None) -
 
 
 def _source(name: str, prompts: PromptSet, chosen: CompleteSettings) -> str:
-    """Which harmless prompts stand against a category: `matched`, `pool` or `own`."""
+    """What stands against a category: harmless prompts (`matched`, `pool`, `own`), or other categories' pairs (`shared`)."""
     if isinstance(chosen.harmless, PromptSet):
         return "own"
     if chosen.harmless == "matched" and not prompts.fully_matched:
-        raise SafeSteerError(f"{name}: not every prompt has a `matched` counterpart; use --harmless builtin or a file")
-    return "matched" if chosen.harmless != "builtin" and prompts.fully_matched else "pool"
+        raise SafeSteerError(f"{name}: not every prompt has a `matched` counterpart; use --harmless shared or a file")
+    if chosen.harmless == "builtin":
+        return "pool"
+    return "matched" if chosen.harmless != "shared" and prompts.fully_matched else "shared"
 
 
 def _rows(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[_Row]:
@@ -243,6 +259,20 @@ def _rows(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[_Row]:
         if not len(chosen.harmless):
             raise PromptFileError(f"{chosen.harmless.name}: holds no prompt")
         rows += [_Row(p.text, "own", None, f"own/{p.subtopic or i}") for i, p in enumerate(chosen.harmless)]
+    return rows
+
+
+def _lent(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[_Row]:
+    """Pairs of the built-in categories, where a category of the bank needs the direction they share."""
+    if all(_source(name, prompts, chosen) != "shared" for name, prompts in sets.items()):
+        return []
+    rows: list[_Row] = []
+    for name in builtin_categories():
+        pairs = [prompt for prompt in builtin(name).split("fit") if prompt.matched is not None]
+        for index in range(LENT):
+            prompt = pairs[index * len(pairs) // LENT]
+            group = f"{name}/{prompt.subtopic}"
+            rows += [_Row(prompt.text, "harmful", name, group), _Row(prompt.matched or "", "matched", name, group)]
     return rows
 
 
@@ -274,6 +304,8 @@ def _answered(rows: Sequence[_Row], sets: dict[str, PromptSet], chosen: Complete
     found: set[int] = set()
     for name, prompts in sets.items():
         harmless = _source(name, prompts, chosen)
+        if harmless == "shared":
+            continue
         for kind in ("harmful", harmless):
             own = [i for i, row in enumerate(rows) if row.kind == kind and row.category in (name, None)]
             count = min(len(own), ANSWERED if own and rows[own[0]].category else ANSWERED_POOL)
@@ -297,6 +329,7 @@ def _assemble(
     loaded: LoadedModel,
     sets: dict[str, PromptSet],
     sources: Sequence[_Source],
+    lenders: Sequence[_Source],
     read: Activations,
     chosen: CompleteSettings,
     gate: Gate | None,
@@ -308,10 +341,18 @@ def _assemble(
     for index, (name, prompts) in enumerate(sets.items()):
         harmless = _source(name, prompts, chosen)
         for slot, layer in enumerate(chosen.kept_layers):
-            found = [source.direction(name, harmless, slot, chosen) for source in sources]
-            directions[index, slot] = joined([vector for vector, _ in found])
+            lent = [k for k in builtin_categories() if k != name] if harmless == "shared" else [name]
+            pairs = "matched" if harmless == "shared" else harmless
+            found = [
+                [
+                    source.direction(other, pairs, slot, chosen)
+                    for source in (lenders if harmless == "shared" else sources)
+                ]
+                for other in lent
+            ]
+            directions[index, slot] = joined([joined([vector for vector, _ in one]) for one in found])
             if layer in chosen.acting_layers and chosen.clip:
-                clipped[name] = max(clipped.get(name, 0.0), *(share for _, share in found))
+                clipped[name] = max(clipped.get(name, 0.0), *(share for one in found for _, share in one))
     for slot, layer in enumerate(chosen.kept_layers):
         directions[:, slot] = shrink(directions[:, slot], chosen.shrinkage)
         if layer not in chosen.acting_layers:

@@ -1,0 +1,77 @@
+"""Prompts without counterparts: the direction that the built-in pairs of other categories share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from safesteer.models import LoadedModel
+from safesteer.prompts import Prompt, PromptSet, builtin, builtin_categories
+from safesteer.vectors import FitSettings, VectorBank, fit, fitting
+
+SETTINGS = {"layers": (1,), "gate": False, "position": "last", "shrinkage": 0.0}
+ALONE = PromptSet(
+    tuple(Prompt(f"How do I smash the {thing}?", "breaking") for thing in ("vase", "door", "lamp")), "mine"
+)
+
+
+def pairs_of(name: str) -> PromptSet:
+    """The pairs of a built-in category that are lent."""
+    own = tuple(builtin(name).split("fit"))
+    return PromptSet(tuple(own[index * len(own) // fitting.LENT] for index in range(fitting.LENT)), name)
+
+
+def fitted(
+    loaded: LoadedModel, prompts: PromptSet | None, names: list[str] | None = None, **more: object
+) -> VectorBank:
+    return fit(loaded, names, prompts, FitSettings(**{**SETTINGS, **more}))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "LENT", 2)
+
+
+@pytest.fixture
+def each(llama: LoadedModel) -> dict[str, torch.Tensor]:
+    """The unit direction of every built-in category, from the pairs it lends alone."""
+    found = {}
+    for name in builtin_categories():
+        bank = fitted(llama, pairs_of(name))
+        found[name] = torch.nn.functional.normalize(bank.directions[0, 0], dim=0)
+    return found
+
+
+def test_prompts_without_counterparts_take_the_direction_that_other_pairs_share(
+    llama: LoadedModel, each: dict[str, torch.Tensor]
+) -> None:
+    bank = fitted(llama, ALONE)
+    assert bank.provenance["prompts"]["breaking"]["harmless"] == "shared"
+    expected = torch.stack(list(each.values())).sum(dim=0)
+    assert torch.cosine_similarity(bank.directions[0, 0], expected, dim=0) > 0.99
+
+
+def test_a_category_lends_nothing_to_itself(llama: LoadedModel, each: dict[str, torch.Tensor]) -> None:
+    bank = fitted(llama, None, ["hate"], harmless="shared")
+    others = torch.stack([value for name, value in each.items() if name != "hate"]).sum(dim=0)
+    everything = others + each["hate"]
+    got = bank.directions[0, 0]
+    assert torch.cosine_similarity(got, others, dim=0) > torch.cosine_similarity(got, everything, dim=0)
+    assert torch.cosine_similarity(got, others, dim=0) > 0.99
+
+
+def test_with_counterparts_nothing_is_borrowed(llama: LoadedModel) -> None:
+    paired = PromptSet(tuple(replace(one, matched=one.text.replace("smash", "mend")) for one in ALONE), "mine")
+    assert fitted(llama, paired).provenance["prompts"]["breaking"]["harmless"] == "matched"
+    assert fitted(llama, paired, harmless="builtin").provenance["prompts"]["breaking"]["harmless"] == "pool"
+
+
+def test_it_is_read_in_answers_too(llama: LoadedModel) -> None:
+    last, answer, both = (
+        fitted(llama, ALONE, position=where).directions[0, 0] for where in ("last", "answer", "last+answer")
+    )
+    assert torch.cosine_similarity(last, answer, dim=0) < 0.99
+    assert torch.cosine_similarity(both, last, dim=0) < 0.9999
+    assert torch.cosine_similarity(both, last + answer, dim=0) > 0.5
