@@ -8,12 +8,14 @@ For one request with reading (o, C) of the bank's gate (opening o, categories re
     delta[kind, l] = cap( sum over c of strength_c * step[c, l]  where c steers tokens of that kind )
 
 `cap` shortens the sum to its longest member: several categories share one dose, they do not pile up.
+A category with `site: neurons` acts on its risk neurons instead (`safesteer.vectors.neurons`): neuron j goes the share strength_c
+of the way to its harmless level m_j; where several categories hold a neuron, the largest share and the mean level count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ from safesteer.vectors import Reading, VectorBank
 from safesteer.vectors.bank import Tokens
 
 GateMode = Literal["auto", "always"]
+ActsOn = Literal["directions", "neurons", "both"]
 
 MOST_LAYERS = 10_000  # no model has as many; a typing error should not fill the memory
 
@@ -54,7 +57,8 @@ class CategoryPolicy(BaseModel):
 
     `strength`: 1 is the bank's calibrated dose. `gate`: `auto` acts only where the risk is read, `always` on every
     request. `layers`: 0-based, None for the bank's own. `tokens`: `all`, `prompt`, `generated`, or `continuation` (the last
-    prompt token and what follows).
+    prompt token and what follows). `site`: `directions` adds the category's direction, `neurons` holds its risk neurons at their
+    harmless level (banks fitted with `--neurons`), `both` does both.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +67,7 @@ class CategoryPolicy(BaseModel):
     gate: GateMode = "auto"
     layers: tuple[int, ...] | None = None
     tokens: Tokens = "all"
+    site: ActsOn = "directions"
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -176,6 +181,8 @@ class Policy(BaseModel):
                 raise PolicyError(f"{canonical}: the bank has no gate for it; use gate: always")
             if how.layers is not None:
                 bank.steps(canonical, how.layers)
+            if how.site != "directions" and bank.neurons is None:
+                raise PolicyError(f"{canonical}: the bank has no risk neurons; fit it with --neurons 256")
             categories[canonical] = how
         return self.model_copy(update={"categories": categories})
 
@@ -215,6 +222,18 @@ class Acting:
     layers: tuple[int, ...]
     tokens: Tokens
     gate: GateMode
+    site: ActsOn = "directions"
+
+
+@dataclass(frozen=True)
+class Pull:
+    """What happens to some neurons of a layer, for one request: neuron `indices[j]` goes the share `rates[kind, j]` of its way to
+    `targets[j]`, at tokens of each kind. `indices`: int64 `[n]`; `rates`: fp32 `[4, n]`; `targets`: fp32 `[n]`.
+    """
+
+    indices: torch.Tensor
+    rates: torch.Tensor
+    targets: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -222,12 +241,14 @@ class Plan:
     """What happens to one request: who acts, what was read, and the deltas.
 
     `deltas`: layer -> fp32 `[4, width]`, one row a kind of token (0 is padding and stays zero); empty if nothing acts.
+    `pulls`: layer -> what happens to its neurons.
     """
 
     policy: str
     acting: tuple[Acting, ...]
     deltas: dict[int, torch.Tensor]
     reading: Reading | None = None
+    pulls: dict[int, Pull] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for reports: the categories, doses and layers that really acted, and the gate's reading."""
@@ -241,6 +262,7 @@ class Plan:
                     "layers": list(one.layers),
                     "tokens": one.tokens,
                     "gate": one.gate,
+                    **({} if one.site == "directions" else {"site": one.site}),
                 }
                 for one in self.acting
             ],
@@ -262,16 +284,22 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
     acting: list[Acting] = []
     sums: dict[int, torch.Tensor] = {}
     longest: dict[int, torch.Tensor] = {}
+    pulls: dict[int, list[Pull]] = {}
     for category, how in policy.categories.items():
         strength = how.strength
         if how.gate == "auto" and reading is not None:
             strength *= reading.opening if category in reading.categories else 0.0
         if strength == 0:
             continue
-        steps = bank.steps(category, how.layers)
-        total = bank.dose(category) * strength
-        acting.append(Acting(category, strength, total, tuple(steps), how.tokens, how.gate))
         kinds = list(KINDS_OF[how.tokens])
+        held = bank.neurons.at(bank.index(category)) if how.site != "directions" and bank.neurons is not None else {}
+        for layer, (indices, targets) in held.items():
+            rates = torch.zeros(4, len(indices))
+            rates[kinds] = strength
+            pulls.setdefault(layer, []).append(Pull(indices, rates, targets))
+        steps = bank.steps(category, how.layers) if how.site != "neurons" else {}
+        total = bank.dose(category) * strength if steps else 0.0
+        acting.append(Acting(category, strength, total, tuple(steps or held), how.tokens, how.gate, how.site))
         for layer, step in steps.items():
             delta = sums.setdefault(layer, torch.zeros(4, step.shape[0]))
             most = longest.setdefault(layer, torch.zeros(4))
@@ -284,6 +312,21 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
         caps[layer] = torch.where(norms > longest[layer], longest[layer] / norms, 1.0)
         deltas[layer] = delta * caps[layer].unsqueeze(1)
     for index, one in enumerate(acting):
+        if one.site == "neurons":
+            continue
         kept = torch.stack([caps[layer][list(KINDS_OF[one.tokens])].mean() for layer in one.layers]).mean()
         acting[index] = replace(one, dose=one.dose * float(kept))
-    return Plan(policy.name, tuple(acting), deltas, reading)
+    return Plan(policy.name, tuple(acting), deltas, reading, {layer: _together(some) for layer, some in pulls.items()})
+
+
+def _together(pulls: Sequence[Pull]) -> Pull:
+    """The pulls of several categories on one layer as one: the largest rate and the mean target of each neuron."""
+    if len(pulls) == 1:
+        return pulls[0]
+    indices, where = torch.cat([one.indices for one in pulls]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    given = torch.cat([one.rates for one in pulls], dim=1)
+    rates = torch.zeros(4, len(indices)).scatter_reduce(1, where.expand(4, -1), given, "amax", include_self=False)
+    targets = torch.zeros(len(indices)).scatter_reduce(
+        0, where, torch.cat([one.targets for one in pulls]), "mean", include_self=False
+    )
+    return Pull(indices, rates, targets)

@@ -39,6 +39,7 @@ def read_prompt_files(paths: list[Path], categories: list[str] | None) -> Prompt
 def _settings(
     recipe: str, method: str | None, site: str | None, layers: str, position: str | None, harmless: str | None,
     multiplier: float | None, dose: float | None, shrinkage: float | None, gate: bool | None, false_alarm: float | None,
+    neurons: int,
 ) -> FitSettings:  # fmt: skip
     from safesteer.models import SITES
     from safesteer.policy import parse_layers
@@ -68,6 +69,7 @@ def _settings(
         shrinkage=shrinkage,
         gate=gate,
         false_alarm=false_alarm,
+        neurons=neurons,
     )
 
 
@@ -99,6 +101,9 @@ def fit(
     false_alarm: Annotated[
         float | None, typer.Option(help="Share of harmless prompts for which the gate may open; 0.1 if not given.")
     ] = None,
+    neurons: Annotated[
+        int, typer.Option(min=0, help="Risk neurons to find for each category, for policies with site: neurons.")
+    ] = 0,
     dtype: options.Dtype = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
@@ -111,7 +116,7 @@ def fit(
     """Fit a direction for each category from prompts alone, and write them as a bank."""
     check_writable(out_file)
     settings = _settings(
-        recipe, method, site, layers, position, harmless, multiplier, dose, shrinkage, gate, false_alarm
+        recipe, method, site, layers, position, harmless, multiplier, dose, shrinkage, gate, false_alarm, neurons
     )
     own = read_prompt_files(prompts or [], category)
     loaded = options.load(model, dtype, device, device_map, revision, trust_remote_code, load_4bit, load_8bit)

@@ -4,6 +4,10 @@ For row b of a batch, token t and block l, at the site of the bank (by default t
 
     h[b, t, l]  <-  h[b, t, l] + delta[b, kind(b, t), l]
 
+and, where a policy acts on risk neurons, neuron j of the row's own going the share r of the way to its level m_j:
+
+    a[b, t, l, j]  <-  a[b, t, l, j] + r[b, kind(b, t), l, j] (m[b, l, j] - a[b, t, l, j])
+
 `delta` is the row's own sum of category steps (see `safesteer.policy`), zero for rows and layers that are not steered.
 `kind` tells where token t stands in absolute positions of the request, with and without a KV cache:
 0 padding, 1 prompt, 2 last prompt token, 3 generated.
@@ -15,13 +19,14 @@ If the hooks of a steered forward pass did not all run, the pass fails: an answe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from safesteer.errors import SteeringError
 from safesteer.models.layout import ModelLayout, Site, hidden_of, with_hidden
-from safesteer.policy import Plan
+from safesteer.policy import Plan, Pull
 
 PADDING, PROMPT, LAST, GENERATED = range(4)
 KINDS = 4
@@ -52,21 +57,50 @@ def token_kinds(mask: torch.Tensor | None, first: int, count: int, prompt_width:
     return torch.where(real, kinds, PADDING)
 
 
+@dataclass(frozen=True)
+class _Pulls:
+    """The pulls of all rows on one layer: `indices` `[n]`, `rates` `[rows, 4, n]`, `targets` `[rows, n]`."""
+
+    indices: torch.Tensor
+    rates: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def of(cls, pulls: Sequence[Pull | None], projection: Any) -> _Pulls:
+        device = projection.weight.device
+        indices = torch.cat([one.indices for one in pulls if one is not None]).unique()  # type: ignore[no-untyped-call]
+        rates, targets = torch.zeros(len(pulls), KINDS, len(indices)), torch.zeros(len(pulls), len(indices))
+        for row, one in enumerate(pulls):
+            if one is not None:
+                where = torch.searchsorted(indices, one.indices)
+                rates[row, :, where] = one.rates
+                targets[row, where] = one.targets
+        return cls(indices.to(device), rates.to(device), targets.to(device))
+
+
+def _neurons_of(layer: int) -> str:
+    return f"{layer} (neurons)"
+
+
 class Hooks:
     """Forward hooks on the blocks of one model; see the formula above.
 
+    `neurons`: whether plans may act on neurons.
     `set_plans` (or `set_deltas`) gives what acts from now on; `begin_request` says how wide the next request's prompts are.
     """
 
-    def __init__(self, layout: ModelLayout, site: Site) -> None:
+    def __init__(self, layout: ModelLayout, site: Site, neurons: bool = False) -> None:
         self.layout = layout
+        self._projections = tuple(layout.projection(layer) for layer in range(layout.depth)) if neurons else ()
         self.site: Site = site
         self._deltas: dict[int, torch.Tensor] = {}
+        self._pulls: dict[int, _Pulls] = {}
+        self._rows_given = 0
         self._kinds: torch.Tensor | None = None
         self._rows: torch.Tensor | None = None
         self._prompt_width: int | None = None
         self._fixed_width = False
-        self._reached: dict[int, bool] = {}
+        self._reached: dict[int | str, bool] = {}
         self._handles: list[Any] = []
 
     def install(self) -> None:
@@ -77,13 +111,15 @@ class Hooks:
         for layer in range(self.layout.depth):
             module = self.layout.module(self.site, layer)
             self._handles.append(module.register_forward_hook(self._block_hook(layer)))
+        for layer, projection in enumerate(self._projections):
+            self._handles.append(projection.register_forward_pre_hook(self._neuron_hook(layer)))
 
     def remove(self) -> None:
         """Take every hook off and forget the deltas."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._deltas = {}
+        self._deltas, self._pulls = {}, {}
 
     def set_deltas(self, deltas: Mapping[int, torch.Tensor]) -> None:
         """What to add from now on: layer (0-based) -> `[rows, 4, width]`, one slice per kind. Empty: nothing."""
@@ -93,18 +129,22 @@ class Hooks:
                 raise SteeringError(f"a delta has the shape {tuple(delta.shape)}, not [rows, 4, {self.layout.width}]")
             parameter = next(iter(self.layout.module(self.site, layer).parameters()), None)
             moved[layer] = delta if parameter is None or parameter.is_meta else delta.to(parameter.device)
-        self._deltas = moved
+        self._deltas, self._pulls = moved, {}
+        self._rows_given = next(iter(moved.values())).shape[0] if moved else 0
 
     def set_plans(self, plans: Sequence[Plan]) -> None:
         """What acts from now on, by the plan of each row."""
         nothing = torch.zeros(KINDS, self.layout.width)
         layers = sorted({layer for one in plans for layer in one.deltas})
         self.set_deltas({layer: torch.stack([one.deltas.get(layer, nothing) for one in plans]) for layer in layers})
+        for layer in sorted({layer for one in plans for layer in one.pulls}):
+            self._pulls[layer] = _Pulls.of([one.pulls.get(layer) for one in plans], self.layout.projection(layer))
+        self._rows_given = len(plans) if self.steers else 0
 
     @property
     def steers(self) -> bool:
-        """Whether anything would be added now."""
-        return bool(self._deltas)
+        """Whether anything would be changed now."""
+        return bool(self._deltas or self._pulls)
 
     def begin_request(self, prompt_width: int | None) -> None:
         """The padded width of the prompts of the next forward passes; None: the first pass of each tells."""
@@ -114,7 +154,7 @@ class Hooks:
     def _before(self, _module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Before each pass of the decoder: work out the kind of every token."""
         self._kinds = None
-        if not self._deltas:
+        if not self.steers:
             return
         inputs = keywords.get("input_ids")
         if inputs is None:
@@ -124,7 +164,7 @@ class Hooks:
         if not isinstance(inputs, torch.Tensor):
             raise SteeringError("the decoder was called without input_ids and inputs_embeds; steering cannot follow")
         batch, count = inputs.shape[0], inputs.shape[1]
-        rows = next(iter(self._deltas.values())).shape[0]
+        rows = self._rows_given
         if batch % rows:
             raise SteeringError(f"the batch has {batch} rows but {rows} policies were given; give one policy a row")
         cache = keywords.get("past_key_values")
@@ -139,7 +179,7 @@ class Hooks:
         self._kinds = token_kinds(mask, first, count, self._prompt_width, batch).to(inputs.device)
         # Beams and several returned sequences repeat each row in place, so row i belongs to request i // repeats.
         self._rows = torch.arange(batch, device=inputs.device) // (batch // rows)
-        self._reached = dict.fromkeys(self._deltas, False)
+        self._reached = dict.fromkeys(self._deltas, False) | dict.fromkeys(map(_neurons_of, self._pulls), False)
 
     def _block_hook(self, layer: int) -> Any:
         def hook(_module: Any, _arguments: Any, output: Any) -> Any:
@@ -152,6 +192,25 @@ class Hooks:
             self._reached[layer] = True
             # reshape: OPT's feed-forward flattens rows and tokens into one dimension
             return with_hidden(output, hidden + added.to(hidden.dtype).reshape(hidden.shape))
+
+        return hook
+
+    def _neuron_hook(self, layer: int) -> Any:
+        def hook(_module: Any, arguments: tuple[Any, ...]) -> Any:
+            pulls = self._pulls.get(layer)
+            kinds, rows = self._kinds, self._rows
+            if pulls is None or kinds is None or rows is None:
+                return None
+            activations = arguments[0]
+            device = activations.device
+            rates = pulls.rates[rows.to(device).unsqueeze(1), kinds.to(device)].flatten(0, 1)
+            targets = pulls.targets[rows.to(device)].repeat_interleave(kinds.shape[1], dim=0)
+            flat = activations.reshape(-1, activations.shape[-1]).clone()
+            own = flat[:, pulls.indices]
+            moved = own + (rates * (targets - own.float())).to(own.dtype)
+            flat[:, pulls.indices] = torch.where(rates != 0, moved, own)
+            self._reached[_neurons_of(layer)] = True
+            return (flat.reshape(activations.shape), *arguments[1:])
 
         return hook
 

@@ -48,7 +48,7 @@ class Steerer:
         self.plans: tuple[Plan, ...] = ()
         """What acted on each row of the latest request."""
         self._policies: tuple[Policy, ...] = ()
-        self._hooks = Hooks(loaded.layout, bank.site)
+        self._hooks = Hooks(loaded.layout, bank.site, neurons=bank.neurons is not None)
         self._markers = turn_markers(loaded.tokenizer) if bank.gate is not None else TurnMarkers()
         self._cached: int | None = None  # tokens a KV cache must hold to continue the present request; None: no request
         self._cache: Any = None  # weak reference to that cache, once it was seen

@@ -5,6 +5,8 @@ A layout names, for each block `l` of a model, the module whose output is read a
     residual[l]   the block: its output is the residual stream after it
     attention[l]  the attention module: its output before it joins the residual stream (SafeSteer, section 3)
     mlp[l]        the feed-forward module: likewise
+    neurons[l]    the projection that ends the feed-forward module: its input is the neurons' activations, and column j of
+                  its weight is what neuron j writes
 
 Nothing is assumed about names beyond "attn", "attention", "mlp", ...: blocks are found as the module list as long as
 the configuration says the model is deep; `safesteer.models.selftest` proves by numbers what was found.
@@ -18,6 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from safesteer.errors import UnsupportedModelError
 
@@ -26,6 +29,7 @@ SITES: tuple[Site, ...] = get_args(Site)
 
 _ATTENTION = re.compile(r"attn|attention|mixer", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|experts|^fc2$", re.IGNORECASE)
+_EXPERTS = re.compile(r"experts|moe|router", re.IGNORECASE)
 _NOT_A_SITE = re.compile(r"norm|dropout", re.IGNORECASE)
 
 
@@ -41,6 +45,7 @@ class ModelLayout:
     attention: tuple[nn.Module, ...]
     mlp: tuple[nn.Module, ...]
     width: int
+    neurons: tuple[nn.Module, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -63,6 +68,26 @@ class ModelLayout:
             kind = type(self.blocks[0]).__name__
             raise UnsupportedModelError(f"no {site} module was found in {kind}; use --site {' or '.join(self.sites)}")
         return modules[layer]
+
+    def projection(self, layer: int) -> nn.Module:
+        """The projection that ends the feed-forward module at `layer`. Raises `UnsupportedModelError` if there is none."""
+        if not self.neurons:
+            raise UnsupportedModelError(
+                f"the feed-forward modules of {type(self.blocks[0]).__name__} end in no single projection (experts hold their "
+                "neurons together), so neurons cannot be read or changed one by one"
+            )
+        return self.neurons[layer]
+
+
+def written(projection: nn.Module) -> torch.Tensor:
+    """fp32 `[width, neurons]`: what each neuron adds to the residual stream per unit of activation."""
+    weight = projection.weight
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        raise UnsupportedModelError(
+            "the projection's weights are quantised; load the model without --load-4bit or --load-8bit"
+        )
+    columns = weight.detach().float()
+    return columns.T if isinstance(projection, Conv1D) else columns
 
 
 def hidden_of(output: Any) -> torch.Tensor:
@@ -105,7 +130,8 @@ def find_layout(model: Any) -> ModelLayout:
             for child in parent.children():
                 if isinstance(child, nn.ModuleList) and len(child) == depth and _looks_like_blocks(child):
                     blocks = tuple(child)
-                    return ModelLayout(parent, blocks, _site(blocks, _ATTENTION), _site(blocks, _MLP), width)
+                    mlp = _site(blocks, _MLP)
+                    return ModelLayout(parent, blocks, _site(blocks, _ATTENTION), mlp, width, _projections(mlp, width))
     raise UnsupportedModelError(f"no list of {depth} decoder blocks was found in {kind}")
 
 
@@ -114,6 +140,20 @@ def _looks_like_blocks(candidates: nn.ModuleList) -> bool:
     return all(
         any(_ATTENTION.search(f"{n} {type(m).__name__}") for n, m in block.named_children()) for block in candidates
     )
+
+
+def _projections(mlp: tuple[nn.Module, ...], width: int) -> tuple[nn.Module, ...]:
+    """The last projection to the model's width in each feed-forward module; none where a module holds experts."""
+    found: list[nn.Module] = []
+    for module in mlp:
+        parts = list(module.named_modules())
+        if any(_EXPERTS.search(f"{name} {type(part).__name__}") for name, part in parts):
+            return ()
+        ends = [part for _, part in parts if getattr(part, "out_features", getattr(part, "nf", None)) == width]
+        if not ends:
+            return ()
+        found.append(ends[-1])
+    return tuple(found)
 
 
 def _site(blocks: tuple[nn.Module, ...], pattern: re.Pattern[str]) -> tuple[nn.Module, ...]:

@@ -25,6 +25,7 @@ from safesteer.errors import BankError, FingerprintMismatchError
 from safesteer.files import write_atomically
 from safesteer.models import Fingerprint, LoadedModel, Site, fingerprint
 from safesteer.vectors.gate import Gate
+from safesteer.vectors.neurons import RiskNeurons
 
 FORMAT = "safesteer-bank"
 FORMAT_VERSION = 2
@@ -41,7 +42,7 @@ class VectorBank:
     `directions`: fp32 `[categories, layers, width]`, unnormalised, pointing away from the risk.
     `doses`: fp32 `[categories, layers]`, fraction of the residual norm that strength 1 adds; 0 where a layer does not act.
     `residual_norms`: fp32 `[layers]`. `layers` are 0-based blocks. `tokens`: which tokens the default
-    policy steers. `provenance` is plain data for a reader.
+    policy steers. `neurons`: the risk neurons of each category, if they were asked for. `provenance` is plain data for a reader.
     """
 
     categories: tuple[str, ...]
@@ -54,6 +55,7 @@ class VectorBank:
     gate: Gate | None = None
     strength_ceiling: float = STRENGTH_CEILING
     tokens: Tokens = "all"
+    neurons: RiskNeurons | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class VectorBank:
             raise BankError("directions, doses and norms must be finite numbers")
         if self.residual_norms.shape != shape[1:]:
             raise BankError("there must be one residual norm a layer")
+        if self.neurons is not None and len(self.neurons.layers) != shape[0]:
+            raise BankError("there must be risk neurons for every category, or for none")
 
     def index(self, category: str) -> int:
         """Position of a category (any of its names). Raises `UnknownCategoryError`."""
@@ -128,7 +132,10 @@ class VectorBank:
                 "gate.calm": self.gate.calm,
                 "gate.floors": self.gate.floors,
             }
-        return {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
+        kept = {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
+        if self.neurons is not None:
+            kept |= {f"neurons.{name}": tensor.contiguous().cpu() for name, tensor in vars(self.neurons).items()}
+        return kept
 
     def _header(self) -> dict[str, Any]:
         gate = self.gate and {
@@ -201,6 +208,10 @@ class VectorBank:
                 high=header["gate"]["high"],
                 quality=header["gate"]["quality"],
             )
+        neurons = None
+        if "neurons.layers" in tensors:
+            names = ("layers", "indices", "targets", "separation")
+            neurons = RiskNeurons(**{name: tensors[f"neurons.{name}"] for name in names})
         return cls(
             categories=tuple(header["categories"]),
             layers=tuple(header["layers"]),
@@ -212,6 +223,7 @@ class VectorBank:
             gate=gate,
             strength_ceiling=header["strength_ceiling"],
             tokens=header.get("tokens", "all"),
+            neurons=neurons,
             provenance=header["provenance"],
         )
 

@@ -30,6 +30,7 @@ from safesteer.prompts.forms import in_form
 from safesteer.vectors.bank import VectorBank
 from safesteer.vectors.directions import Method, clip_massive, direction, shrink
 from safesteer.vectors.gate import FALSE_ALARM, Gate, check_false_alarm, fit_gate
+from safesteer.vectors.neurons import RiskNeurons, most_selective, neuron_activations
 
 Recipe = Literal["default", "paper"]
 ReadAt = Literal["last", "mean", "answer", "last+answer"]
@@ -46,6 +47,7 @@ LENT = 16  # pairs of each built-in category, for the direction that they share
 # Of how many prompts of a kind a gate reads one in another form.
 FORMED = {"harmful": 2, "matched": 4, "pool": 2, "soundalike": 2}
 DOSE = 0.22  # total relative dose over the acting layers
+DOSE_LAST = 0.28  # of directions that are not read in answers as well: they lose the topic later
 SHRINKAGE = 0.5  # how far category directions are moved towards the one they share
 PAPER_LAYERS = (14 / 32, 16 / 32, 20 / 32, 25 / 32, 31 / 32)  # the layers the paper tried, of 32; the first acts
 
@@ -59,7 +61,7 @@ class FitSettings:
     else shared), or a prompt set of your own. `dose`: total relative
     dose at strength 1. `multiplier`: raw m of the paper, instead of a dose. `shrinkage`: 0 (each category on its own) to 1
     (one direction for all). `gate`: whether to fit one. `false_alarm`: the share of harmless prompts for
-    which it may open, 0 to 1.
+    which it may open, 0 to 1. `neurons`: how many risk neurons to find for each category (from its matched pairs).
     """
 
     recipe: Recipe = "default"
@@ -73,10 +75,15 @@ class FitSettings:
     shrinkage: float | None = None
     gate: bool | None = None
     false_alarm: float | None = None
+    neurons: int = 0
 
     def complete(self, depth: int) -> CompleteSettings:
         """Fill in what the recipe says, for a model of `depth` blocks."""
         paper = self.recipe == "paper"
+        harmless = self.harmless if self.harmless is not None else ("builtin" if paper else "auto")
+        # Against prompts of another kind, answers differ by their form more than by their risk.
+        unpaired = harmless == "builtin" or isinstance(harmless, PromptSet)
+        position = self.position or ("mean" if paper else "last" if unpaired else "last+answer")
         if self.layers is not None:
             if not self.layers or min(self.layers) < 0 or max(self.layers) >= depth:
                 raise SafeSteerError(f"layers {list(self.layers)} are not within 0 to {depth - 1} of this model")
@@ -92,9 +99,9 @@ class FitSettings:
             site=self.site or ("attention" if paper else "residual"),
             kept_layers=kept,
             acting_layers=acting,
-            position=self.position or ("mean" if paper else "last+answer"),
-            harmless=self.harmless if self.harmless is not None else ("builtin" if paper else "auto"),
-            dose=self.dose if self.dose is not None else DOSE,
+            position=position,
+            harmless=harmless,
+            dose=self.dose if self.dose is not None else (DOSE if "answer" in position else DOSE_LAST),
             multiplier=self.multiplier
             if self.multiplier is not None
             else (1.0 if paper and self.dose is None else None),
@@ -103,6 +110,7 @@ class FitSettings:
             gate=self.gate if self.gate is not None else not paper,
             false_alarm=self.false_alarm if self.false_alarm is not None else FALSE_ALARM,
             gate_layers=tuple(sorted({min(depth - 1, math.floor(fraction * depth)) for fraction in GATE})),
+            neurons=self.neurons,
         )
 
 
@@ -124,6 +132,7 @@ class CompleteSettings:
     gate: bool
     false_alarm: float
     gate_layers: tuple[int, ...]
+    neurons: int
 
 
 def band(depth: int, first: float, last: float) -> tuple[int, ...]:
@@ -168,6 +177,8 @@ def fit(
     if not 0 <= chosen.shrinkage <= 1:
         raise SafeSteerError(f"shrinkage {chosen.shrinkage:g} is not within 0 to 1")
     loaded.layout.module(chosen.site, 0)
+    if chosen.neurons:
+        loaded.layout.projection(0)
     sets = _harmful_sets(categories, prompts)
     rows = _rows(sets, chosen)
     encoded = _encode_all(loaded, [row.text for row in rows])
@@ -179,12 +190,15 @@ def fit(
     lent = _lent(sets, chosen)
     encoded_lent = _encode_all(loaded, [row.text for row in lent])
     lent_answers = len(lent) if "answer" in chosen.position else 0
+    paired = _paired(sets) if chosen.neurons else {}
     done = 0
 
     def count(more: int) -> None:
         nonlocal done
         done += more
-        progress(done, len(rows) + len(formed) + len(spoken) + len(lent) + lent_answers)
+        progress(
+            done, len(rows) + len(formed) + len(spoken) + len(lent) + lent_answers + 2 * sum(map(len, paired.values()))
+        )
 
     position: Position = "mean" if chosen.position == "mean" else "last"
     gate_layers = chosen.gate_layers if chosen.gate else ()
@@ -206,7 +220,8 @@ def fit(
     if chosen.gate:
         forms = collect(loaded, encoded_forms, gate_layers, turn_layers=gate_layers, progress=count)
         gate = _gate([*rows, *formed], (read, forms), chosen)
-    return _assemble(loaded, sets, sources, lenders, read, chosen, gate)
+    neurons = _neurons(loaded, paired, chosen.neurons, count) if chosen.neurons else None
+    return replace(_assemble(loaded, sets, sources, lenders, read, chosen, gate), neurons=neurons)
 
 
 def _harmful_sets(categories: Sequence[str] | None, prompts: PromptSet | None) -> dict[str, PromptSet]:
@@ -372,6 +387,32 @@ def _assemble(
         gate=gate,
         provenance=_provenance(loaded, sets, chosen, clipped),
     )
+
+
+def _paired(sets: dict[str, PromptSet]) -> dict[str, list[tuple[str, str]]]:
+    """Each category's harmful prompts and their counterparts. Raises `SafeSteerError` for a category without two pairs."""
+    found = {
+        name: [(prompt.text, prompt.matched) for prompt in prompts if prompt.matched is not None]
+        for name, prompts in sets.items()
+    }
+    for name, pairs in found.items():
+        if len(pairs) < 2:
+            raise SafeSteerError(
+                f"{name}: risk neurons need prompts with `matched` counterparts; add some or leave out --neurons"
+            )
+    return found
+
+
+def _neurons(
+    loaded: LoadedModel, paired: dict[str, list[tuple[str, str]]], number: int, count: Callable[[int], None]
+) -> RiskNeurons:
+    parts = []
+    for pairs in paired.values():
+        texts = [harmful for harmful, _ in pairs] + [matched for _, matched in pairs]
+        values = neuron_activations(loaded, _encode_all(loaded, texts), progress=count)
+        parts.append(most_selective([v[: len(pairs)] for v in values], [v[len(pairs) :] for v in values], number))
+    layers, indices, targets, found = (torch.stack(column) for column in zip(*parts, strict=True))
+    return RiskNeurons(layers, indices, targets, found)
 
 
 def _formed(rows: Sequence[_Row]) -> list[_Row]:
