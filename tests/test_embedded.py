@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(embedded.gguf_file() is None, reason="the packag
 @pytest.fixture(scope="module")
 def bank(embedded: LoadedModel) -> VectorBank:
     """Hate alone, from sixteen pairs, without a gate: seconds instead of minutes."""
-    return fit(embedded, None, builtin("hate").split("fit").head(16), FitSettings(gate=False))
+    return fit(embedded, None, builtin("hate").split("fit").head(16), FitSettings(gate=False, shrinkage=0.5))
 
 
 def test_it_is_unpacked_once_under_the_content_hash_and_atomically(embedded: LoadedModel) -> None:

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from safesteer import engines
+from safesteer.calibration import divergences
 from safesteer.engines import GenerationSettings, Request
 from safesteer.errors import PolicyError, SafeSteerError
 from safesteer.evaluation import responding
 from safesteer.evaluation.conditions import conditions, only, scaled
 from safesteer.evaluation.judging import judge_all
 from safesteer.evaluation.ledger import Ledger, key_of
-from safesteer.evaluation.measures import divergences, overlaps, perplexities
+from safesteer.evaluation.measures import overlaps, perplexities
 from safesteer.evaluation.results import Results
 from safesteer.evaluation.run import EvaluationSettings, evaluate, known_prompts
 from safesteer.evaluation.statistics import bootstrap, paired_difference, paired_rates, wilson

@@ -75,3 +75,32 @@ def test_it_is_read_in_answers_too(llama: LoadedModel) -> None:
     assert torch.cosine_similarity(last, answer, dim=0) < 0.99
     assert torch.cosine_similarity(both, last, dim=0) < 0.9999
     assert torch.cosine_similarity(both, last + answer, dim=0) > 0.5
+
+
+def test_few_pairs_of_ones_own_are_moved_towards_the_shared_direction(
+    llama: LoadedModel, each: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many pairs as `PRIOR`, half of each; the fewer there are, the more is borrowed."""
+    paired = PromptSet(tuple(replace(one, matched=one.text.replace("smash", "mend")) for one in ALONE), "mine")
+    own = torch.nn.functional.normalize(fitted(llama, paired).directions[0, 0], dim=0)
+    shared = torch.nn.functional.normalize(torch.stack(list(each.values())).sum(dim=0), dim=0)
+    monkeypatch.setattr(fitting, "PRIOR", len(paired))
+    half = fitted(llama, paired, shrinkage=None)
+    assert (
+        half.provenance["prompts"]["breaking"] | {"harmless": "matched", "borrowed": 0.5}
+        == half.provenance["prompts"]["breaking"]
+    )
+    assert torch.cosine_similarity(half.directions[0, 0], own + shared, dim=0) > 0.995
+    monkeypatch.setattr(fitting, "PRIOR", 9 * len(paired))
+    most = fitted(llama, paired, shrinkage=None)
+    assert torch.cosine_similarity(most.directions[0, 0], 0.1 * own + 0.9 * shared, dim=0) > 0.995
+
+
+def test_a_bank_of_many_categories_borrows_nothing(llama: LoadedModel) -> None:
+    some = list(builtin_categories())[: fitting.FEW]
+    prompts = PromptSet(tuple(p for name in some for p in tuple(builtin(name).split("fit"))[:2]), "some")
+    bank = fitted(llama, prompts, shrinkage=None)
+    assert {one["borrowed"] for one in bank.provenance["prompts"].values()} == {0.0}
+    assert {
+        one["borrowed"] for one in fitted(llama, prompts, some[1:], shrinkage=None).provenance["prompts"].values()
+    } != {0.0}

@@ -107,5 +107,5 @@ def prompts() -> PromptSet:
 
 def bank_for(loaded: LoadedModel, **settings: Any) -> VectorBank:
     """A bank of the two invented categories, with a dose large enough to change greedy text."""
-    chosen = {"layers": (1,), "dose": 0.8, "gate": False, "position": "last", **settings}
+    chosen = {"layers": (1,), "dose": 0.8, "gate": False, "position": "last", "shrinkage": 0.5, **settings}
     return fit(loaded, None, prompts(), FitSettings(**chosen))

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from safesteer.calibration import fit
     from safesteer.engines import GenerationSettings, Request, Response, Steerer, generate
     from safesteer.errors import SafeSteerError
     from safesteer.models import LoadedModel, load_model
     from safesteer.policy import CategoryPolicy, Policy
     from safesteer.prompts import Prompt, PromptSet, read_prompts
     from safesteer.taxonomy import Category
-    from safesteer.vectors import FitSettings, VectorBank, fit
+    from safesteer.vectors import FitSettings, VectorBank
 
 # Loaded on first use, so that `safesteer --help` and the taxonomy need no torch.
 _HOME = {
@@ -38,7 +39,7 @@ _HOME = {
     "SafeSteerError": "errors",
     "Steerer": "engines",
     "VectorBank": "vectors",
-    "fit": "vectors",
+    "fit": "calibration",
     "generate": "engines",
     "load_model": "models",
     "read_prompts": "prompts",

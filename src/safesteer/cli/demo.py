@@ -49,15 +49,16 @@ def demo_prompts() -> list[Prompt]:
 
 def _cached_bank(loaded: LoadedModel) -> tuple[VectorBank, bool]:
     """The bank of every built-in category, from the cache where the same one was fitted before."""
+    from safesteer import calibration
     from safesteer.models import fingerprint
     from safesteer.models.embedded import cache_folder
     from safesteer.prompts import builtin, builtin_categories, concatenate, harmless_pool, soundalikes
-    from safesteer.vectors import VectorBank, directions, fit, fitting, gate
+    from safesteer.vectors import VectorBank, directions, fitting, gate
 
     prompts = concatenate([*(builtin(name) for name in builtin_categories()), harmless_pool(), soundalikes()])
     constants = [
         (module.__name__, name, repr(value))
-        for module in (directions, fitting, gate)
+        for module in (calibration, directions, fitting, gate)
         for name, value in sorted(vars(module).items())
         if name.isupper()
     ]
@@ -69,7 +70,7 @@ def _cached_bank(loaded: LoadedModel) -> tuple[VectorBank, bool]:
         except BankError:
             pass  # damaged: fit it again
     with progress_bar(f"Fitting {len(builtin_categories())} categories") as update:
-        bank = fit(loaded, progress=update)
+        bank = calibration.fit(loaded, progress=update)
     bank.save(path)
     return bank, False
 

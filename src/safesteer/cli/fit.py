@@ -92,7 +92,9 @@ def fit(
         str | None, typer.Option(help="Where prompts are read: last, mean, answer or last+answer.")
     ] = None,
     recipe: Annotated[str, typer.Option(help="default, or paper for SafeSteer to the letter.")] = "default",
-    dose: Annotated[float | None, typer.Option(help="Total relative dose at strength 1.")] = None,
+    dose: Annotated[
+        float | None, typer.Option(help="Total relative dose at strength 1; calibrated if not given.")
+    ] = None,
     multiplier: Annotated[float | None, typer.Option(help="The paper's raw m, instead of a dose.")] = None,
     shrinkage: Annotated[
         float | None, typer.Option(help="0: each category on its own; 1: one direction for all.")
@@ -120,7 +122,7 @@ def fit(
     )
     own = read_prompt_files(prompts or [], category)
     loaded = options.load(model, dtype, device, device_map, revision, trust_remote_code, load_4bit, load_8bit)
-    from safesteer.vectors import fit as fit_bank
+    from safesteer.calibration import fit as fit_bank
 
     began = time.perf_counter()
     with progress_bar("Reading prompts") as update:

@@ -15,13 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from safesteer.activations import batches_by_length, pad
-from safesteer.engines.transformers import Steerer
+from safesteer.calibration import BATCH_TOKENS
 from safesteer.errors import SafeSteerError
 from safesteer.models import EncodedPrompt, LoadedModel, encode
-from safesteer.policy import Policy
-from safesteer.vectors import VectorBank
-
-BATCH_TOKENS = 2048
 
 
 @torch.inference_mode()
@@ -49,34 +45,6 @@ def perplexities(
                 chosen = torch.log_softmax(logits[slot, first - 1 : last - 1].float(), dim=-1)
                 picked = chosen.gather(1, ids[slot, first:last].to(chosen.device).unsqueeze(1))
                 values[index] = math.exp(min(50.0, -float(picked.mean())))
-        progress(len(batch))
-    return values
-
-
-@torch.inference_mode()
-def divergences(
-    loaded: LoadedModel,
-    bank: VectorBank,
-    prompts: Sequence[str],
-    policies: Sequence[Policy],
-    *,
-    force: bool = False,
-    progress: Callable[[int], None] = lambda count: None,
-) -> list[float]:
-    """KL of the next-token distribution at the end of each prompt, unsteered against steered by `policies`, in nats."""
-    encoded = [encode(loaded.tokenizer, prompt) for prompt in prompts]
-    values = [0.0] * len(encoded)
-    steerer = Steerer(loaded, bank, force=force)
-    for batch in batches_by_length(encoded, BATCH_TOKENS):
-        ids, mask = pad([encoded[index] for index in batch], loaded.pad_id, "left")
-        inputs = {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
-        plain = torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
-        steerer.assign([policies[index] for index in batch])
-        with steerer:
-            steered = torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
-        found = (plain.exp() * (plain - steered)).sum(-1).clamp_min(0.0)
-        for index, value in zip(batch, found.tolist(), strict=True):
-            values[index] = value
         progress(len(batch))
     return values
 

@@ -113,7 +113,12 @@ def respond_where_acting(
         )
         answered = {row["id"]: row for row in done}
         for row, one in zip(suite, plans, strict=True):
-            kept = {"response": plain[row.identifier]["response"], "tokens": 0, "seconds": 0.0, "steering": one.to_json()}
+            kept = {
+                "response": plain[row.identifier]["response"],
+                "tokens": 0,
+                "seconds": 0.0,
+                "steering": one.to_json(),
+            }
             rows.append(answered.get(row.identifier) or _row(condition, suite, row, kept))
         progress(len(suite) - len(acting))
     return rows

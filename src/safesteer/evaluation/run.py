@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from safesteer.calibration import divergences
 from safesteer.engines import GenerationSettings
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.conditions import Condition, only, scaled
 from safesteer.evaluation.judging import exchange_of, judge_all
 from safesteer.evaluation.ledger import Ledger, key_of
-from safesteer.evaluation.measures import divergences, overlaps, perplexities
+from safesteer.evaluation.measures import overlaps, perplexities
 from safesteer.evaluation.overlap import overlap
 from safesteer.evaluation.report import render
 from safesteer.evaluation.responding import condition_key, respond, respond_where_acting
@@ -77,7 +78,9 @@ def evaluate(
         raise SafeSteerError("an evaluation needs at least one suite and one judge")
     check_distinct(suites)
     if settings.selectivity and not any(condition.kind == "none" for condition in conditions):
-        raise SafeSteerError("selectivity is a change against the unsteered model; leave out --no-controls or add --policy none")
+        raise SafeSteerError(
+            "selectivity is a change against the unsteered model; leave out --no-controls or add --policy none"
+        )
     seconds: dict[str, float] = {}
     model_digest = model_digest_of(loaded)
     generation = GenerationSettings(settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size)

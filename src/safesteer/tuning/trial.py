@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safesteer.calibration import divergences
 from safesteer.engines import GenerationSettings
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.conditions import Condition
 from safesteer.evaluation.judging import judge_all
 from safesteer.evaluation.ledger import Ledger, key_of
-from safesteer.evaluation.measures import divergences
 from safesteer.evaluation.responding import respond
 from safesteer.evaluation.run import model_digest_of
 from safesteer.evaluation.statistics import wilson

@@ -95,6 +95,14 @@ def clip_massive(direction: torch.Tensor, reference: torch.Tensor, factor: float
     return Clipped(clipped, max(0.0, share))
 
 
+def towards(directions: torch.Tensor, common: torch.Tensor, amount: float) -> torch.Tensor:
+    """Directions `[..., width]` moved towards `common`, at equal norm: ||w|| unit((1 - amount) unit(w) + amount unit(common))."""
+    unit = torch.nn.functional.normalize
+    mixed: torch.Tensor = unit((1 - amount) * unit(directions, dim=-1) + amount * unit(common, dim=-1), dim=-1)
+    moved: torch.Tensor = mixed * directions.norm(dim=-1, keepdim=True)
+    return moved
+
+
 def shrink(directions: torch.Tensor, amount: float) -> torch.Tensor:
     """Move the directions of several categories `[categories, width]` towards the one they share, at equal norm.
 
@@ -105,11 +113,8 @@ def shrink(directions: torch.Tensor, amount: float) -> torch.Tensor:
     """
     if directions.shape[0] < 2 or amount == 0:
         return directions
-    norms = directions.norm(dim=-1, keepdim=True)
-    unit = directions / norms
-    common = torch.nn.functional.normalize(unit.mean(dim=0, keepdim=True), dim=-1)
-    mixed: torch.Tensor = torch.nn.functional.normalize((1 - amount) * unit + amount * common, dim=-1) * norms
-    return mixed
+    common = torch.nn.functional.normalize(directions, dim=-1).mean(dim=0, keepdim=True)
+    return towards(directions, common, amount)
 
 
 def direction(method: Method, harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:

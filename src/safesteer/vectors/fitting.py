@@ -4,7 +4,9 @@ w[c, l]    = direction(harmful prompts of c, harmless prompts)          at every
              `last` token, `mean` of the prompt's words, `answer`: mean of the model's own unsteered answer, or
              `last+answer`: w_last / ||w_last|| + w_answer / ||w_answer||, of their mean length
              A category whose prompts have no counterparts takes the direction that the built-in pairs share:
-             unit(sum over built-in categories k, k not c, of unit(w[k, l])), from `LENT` pairs of each.
+             shared[c, l] = unit(sum over built-in categories k, k not c, of unit(w[k, l])), from `LENT` pairs of each.
+shrinkage  moves w[c, l] towards what categories share: by SHRINKAGE towards the mean of the bank's own; in a bank of fewer than
+             `FEW` categories with pairs, by PRIOR / (PRIOR + pairs of c) towards shared[c, l].
 dose[c, l] = DOSE / number of acting layers                             default recipe: a small dose on a band of layers
            = m * ||w[c, l]|| / norm[l]                                  paper recipe: raw multiplier m, one layer
 """
@@ -28,7 +30,7 @@ from safesteer.models import EncodedPrompt, LoadedModel, Site, encode, fingerpri
 from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
 from safesteer.prompts.forms import in_form
 from safesteer.vectors.bank import VectorBank
-from safesteer.vectors.directions import Method, clip_massive, direction, shrink
+from safesteer.vectors.directions import Method, clip_massive, direction, shrink, towards
 from safesteer.vectors.gate import FALSE_ALARM, Gate, check_false_alarm, fit_gate
 from safesteer.vectors.neurons import RiskNeurons, most_selective, neuron_activations
 
@@ -43,6 +45,8 @@ ACTING = (0.4, 0.7)  # layers that act by default
 GATE = (0.4, 0.5, 0.6)  # layers that the gate reads
 ANSWERED = 16  # prompts of a category, and as many of its counterparts, whose answers are read
 ANSWERED_POOL = 64
+FEW = 6  # categories with pairs under which a bank does not know well what they share, and borrows it
+PRIOR = 64  # pairs of its own for which a category counts as much as what it borrows
 LENT = 16  # pairs of each built-in category, for the direction that they share
 # Of how many prompts of a kind a gate reads one in another form.
 FORMED = {"harmful": 2, "matched": 4, "pool": 2, "soundalike": 2}
@@ -56,12 +60,12 @@ PAPER_LAYERS = (14 / 32, 16 / 32, 20 / 32, 25 / 32, 31 / 32)  # the layers the p
 class FitSettings:
     """How to fit; what is None is chosen by the recipe.
 
-    `layers`: 0-based; they are read and they act. `harmless`: `matched` counterparts, the direction `shared` by the
-    built-in pairs of other categories, the `builtin` pool, `auto` (matched where every prompt of a category has a counterpart,
-    else shared), or a prompt set of your own. `dose`: total relative
-    dose at strength 1. `multiplier`: raw m of the paper, instead of a dose. `shrinkage`: 0 (each category on its own) to 1
-    (one direction for all). `gate`: whether to fit one. `false_alarm`: the share of harmless prompts for
-    which it may open, 0 to 1. `neurons`: how many risk neurons to find for each category (from its matched pairs).
+    `layers`: 0-based; they are read and they act. `harmless`: `matched` counterparts, the direction `shared` by the built-in
+    pairs of other categories, the `builtin` pool, `auto` (matched where every prompt of a category has a counterpart, else
+    shared), or a prompt set of your own. `dose`: total relative dose at strength 1. `multiplier`: raw m of the paper, instead
+    of a dose. `shrinkage`: 0 (each category on its own) to 1 (one direction for all), towards the bank's own categories; None:
+    see above. `gate`: whether to fit one. `false_alarm`: the share of harmless prompts for which it may open, 0 to 1.
+    `neurons`: how many risk neurons to find for each category (from its matched pairs).
     """
 
     recipe: Recipe = "default"
@@ -106,6 +110,7 @@ class FitSettings:
             if self.multiplier is not None
             else (1.0 if paper and self.dose is None else None),
             shrinkage=self.shrinkage if self.shrinkage is not None else (0.0 if paper else SHRINKAGE),
+            may_borrow=self.shrinkage is None and not paper,
             clip=not paper,
             gate=self.gate if self.gate is not None else not paper,
             false_alarm=self.false_alarm if self.false_alarm is not None else FALSE_ALARM,
@@ -128,6 +133,7 @@ class CompleteSettings:
     dose: float
     multiplier: float | None
     shrinkage: float
+    may_borrow: bool
     clip: bool
     gate: bool
     false_alarm: float
@@ -179,7 +185,7 @@ def fit(
     loaded.layout.module(chosen.site, 0)
     if chosen.neurons:
         loaded.layout.projection(0)
-    sets = _harmful_sets(categories, prompts)
+    sets = harmful_sets(categories, prompts)
     rows = _rows(sets, chosen)
     encoded = _encode_all(loaded, [row.text for row in rows])
     layers = sorted({*chosen.kept_layers, *(chosen.gate_layers if chosen.gate else ())})
@@ -224,7 +230,7 @@ def fit(
     return replace(_assemble(loaded, sets, sources, lenders, read, chosen, gate), neurons=neurons)
 
 
-def _harmful_sets(categories: Sequence[str] | None, prompts: PromptSet | None) -> dict[str, PromptSet]:
+def harmful_sets(categories: Sequence[str] | None, prompts: PromptSet | None) -> dict[str, PromptSet]:
     """Category -> its harmful prompts of the fit split."""
     if prompts is None:
         available = builtin_categories()
@@ -278,8 +284,8 @@ def _rows(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[_Row]:
 
 
 def _lent(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[_Row]:
-    """Pairs of the built-in categories, where a category of the bank needs the direction they share."""
-    if all(_source(name, prompts, chosen) != "shared" for name, prompts in sets.items()):
+    """Pairs of the built-in categories, where a category of the bank borrows the direction they share."""
+    if not _borrowed(sets, chosen):
         return []
     rows: list[_Row] = []
     for name in builtin_categories():
@@ -353,23 +359,26 @@ def _assemble(
     directions = torch.zeros(len(sets), len(chosen.kept_layers), loaded.layout.width)
     doses = torch.zeros(len(sets), len(chosen.kept_layers))
     clipped: dict[str, float] = {}
+    borrowed = _borrowed(sets, chosen)
     for index, (name, prompts) in enumerate(sets.items()):
         harmless = _source(name, prompts, chosen)
         for slot, layer in enumerate(chosen.kept_layers):
-            lent = [k for k in builtin_categories() if k != name] if harmless == "shared" else [name]
-            pairs = "matched" if harmless == "shared" else harmless
-            found = [
-                [
-                    source.direction(other, pairs, slot, chosen)
-                    for source in (lenders if harmless == "shared" else sources)
-                ]
-                for other in lent
-            ]
-            directions[index, slot] = joined([joined([vector for vector, _ in one]) for one in found])
+            shares = [0.0]
+            if borrowed.get(name, 0.0) < 1:
+                directions[index, slot], share = _read_direction(sources, name, harmless, slot, chosen)
+                shares.append(share)
+            if name in borrowed:
+                others = [other for other in builtin_categories() if other != name]
+                found = [_read_direction(lenders, other, "matched", slot, chosen) for other in others]
+                common = joined([vector for vector, _ in found])
+                shares += [share for _, share in found]
+                own = directions[index, slot] if borrowed[name] < 1 else common
+                directions[index, slot] = towards(own, common, borrowed[name])
             if layer in chosen.acting_layers and chosen.clip:
-                clipped[name] = max(clipped.get(name, 0.0), *(share for one in found for _, share in one))
+                clipped[name] = max(clipped.get(name, 0.0), *shares)
     for slot, layer in enumerate(chosen.kept_layers):
-        directions[:, slot] = shrink(directions[:, slot], chosen.shrinkage)
+        if not borrowed:
+            directions[:, slot] = shrink(directions[:, slot], chosen.shrinkage)
         if layer not in chosen.acting_layers:
             continue
         if chosen.multiplier is not None:
@@ -387,6 +396,24 @@ def _assemble(
         gate=gate,
         provenance=_provenance(loaded, sets, chosen, clipped),
     )
+
+
+def _borrowed(sets: dict[str, PromptSet], chosen: CompleteSettings) -> dict[str, float]:
+    """How far (0 to 1) each category is moved towards what the built-in pairs of others share; empty: none is."""
+    sources = {name: _source(name, prompts, chosen) for name, prompts in sets.items()}
+    paired = list(sources.values()).count("matched")
+    amounts = {name: 1.0 for name, source in sources.items() if source == "shared"}
+    if chosen.may_borrow and paired < FEW:
+        amounts |= {name: PRIOR / (PRIOR + len(sets[name])) for name, source in sources.items() if source == "matched"}
+    return amounts
+
+
+def _read_direction(
+    sources: Sequence[_Source], name: str, harmless: str, slot: int, chosen: CompleteSettings
+) -> tuple[torch.Tensor, float]:
+    """One category's direction at a kept layer from all places where it is read, and the largest share that was clipped."""
+    found = [source.direction(name, harmless, slot, chosen) for source in sources]
+    return joined([vector for vector, _ in found]), max(share for _, share in found)
 
 
 def _paired(sets: dict[str, PromptSet]) -> dict[str, list[tuple[str, str]]]:
@@ -450,6 +477,7 @@ def _provenance(
     loaded: LoadedModel, sets: dict[str, PromptSet], chosen: CompleteSettings, clipped: dict[str, float]
 ) -> dict[str, Any]:
     harmless = chosen.harmless
+    borrowed = _borrowed(sets, chosen)
     return {
         "model": loaded.name,
         "revision": loaded.revision or getattr(loaded.model.config, "_commit_hash", None),
@@ -460,13 +488,14 @@ def _provenance(
         "site": chosen.site,
         "acting_layers": list(chosen.acting_layers),
         "multiplier": chosen.multiplier,
-        "shrinkage": chosen.shrinkage,
+        "shrinkage": None if borrowed else chosen.shrinkage,
         "prompts": {
             name: {
                 "source": prompts.name,
                 "count": len(prompts),
                 "digest": prompts.digest(),
                 "harmless": _source(name, prompts, chosen),
+                "borrowed": round(borrowed.get(name, 0.0), 4),
             }
             for name, prompts in sets.items()
         },
