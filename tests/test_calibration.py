@@ -68,3 +68,12 @@ def test_prompts_are_spread_evenly(llama: LoadedModel) -> None:
     chosen = chosen_prompts(sets, 6)
     assert {name: len(texts) for name, texts in chosen.items()} == {"breaking": 3, "lying": 3}
     assert chosen["breaking"] == [list(sets["breaking"])[i].text for i in (0, 2, 4)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_divergences_do_not_depend_on_what_stands_beside_a_prompt(architecture: str) -> None:
+    loaded = make(architecture)
+    bank = bank_for(loaded)
+    texts, policy = ["Why?", "How do I smash the big old clock over the door of the house?"], Policy.of({"breaking": 1.0})
+    together = divergences(loaded, bank, texts, [policy] * 2)
+    assert together == pytest.approx([divergences(loaded, bank, [text], [policy])[0] for text in texts], rel=1e-3)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -49,12 +50,20 @@ def divergences(
     values = [0.0] * len(encoded)
     steerer = Steerer(loaded, bank, force=force)
     for batch in batches_by_length(encoded, BATCH_TOKENS):
-        ids, mask = pad([encoded[index] for index in batch], loaded.pad_id, "left")
+        # Padded on the right: positions then count from 0 in models that do not read them off the mask.
+        ids, mask = pad([encoded[index] for index in batch], loaded.pad_id, "right")
         inputs = {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
-        plain = torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
+        rows, last = torch.arange(len(batch)), mask.sum(dim=1) - 1
+
+        def next_token(
+            inputs: dict[str, torch.Tensor] = inputs, rows: torch.Tensor = rows, last: torch.Tensor = last
+        ) -> Any:
+            return torch.log_softmax(loaded.model(**inputs).logits[rows, last].float(), dim=-1)
+
+        plain = next_token()
         steerer.assign([policies[index] for index in batch])
         with steerer:
-            steered = torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
+            steered = next_token()
         found = (plain.exp() * (plain - steered)).sum(-1).clamp_min(0.0)
         for index, value in zip(batch, found.tolist(), strict=True):
             values[index] = value
