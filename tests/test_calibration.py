@@ -32,7 +32,7 @@ def test_the_dose_has_the_effect_asked_for(architecture: str) -> None:
     found = calibrated(loaded, bank, PROMPTS, target)
     record = found.provenance["calibration"]
     assert effect(loaded, found) == pytest.approx(target, rel=0.1)
-    assert not effect(loaded, bank) == pytest.approx(target, rel=0.3)
+    assert effect(loaded, bank) != pytest.approx(target, rel=0.3)
     assert record["effect"] == pytest.approx(effect(loaded, found), abs=1e-4)
     assert (record["target"], record["prompts"]) == (target, 12)
     assert found.dose("lying") == pytest.approx(found.dose("breaking"))

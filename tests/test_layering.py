@@ -11,8 +11,8 @@ import safesteer
 
 ROOT = Path(safesteer.__file__).parent
 ORDER = [
-    "errors", "files", "taxonomy", "prompts", "models", "activations", "answers", "vectors", "policy", "engines", "calibration",
-    "judges", "evaluation", "tuning", "integrations", "explain", "server", "cli",
+    "errors", "files", "taxonomy", "prompts", "models", "activations", "answers", "vectors", "policy", "engines", "judges",
+    "refusal", "calibration", "evaluation", "tuning", "integrations", "explain", "server", "cli",
 ]  # fmt: skip
 
 

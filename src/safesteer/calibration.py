@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,14 +23,18 @@ from safesteer.engines import Steerer
 from safesteer.models import LoadedModel, encode
 from safesteer.policy import Policy
 from safesteer.prompts import PromptSet
+from safesteer.refusal import refusal_direction, without_refusal
 from safesteer.vectors import FitSettings, VectorBank
 from safesteer.vectors import fit as fit_directions
 from safesteer.vectors.fitting import harmful_sets
+
+Refusal = Literal["keep", "remove"]
 
 TARGET = 1.15  # nats: the effect of the dose that reading chose on the embedded model
 LEAST, MOST = 0.05, 0.6  # of the total dose
 STEPS = 6
 PROMPTS = 48
+ASKED = 240  # prompts of which it is seen whether the model declines them
 STEP = 0.01  # doses are rounded to it: the effect is not known better
 BATCH_TOKENS = 2048
 
@@ -125,32 +129,35 @@ def fit(
     prompts: PromptSet | None = None,
     settings: FitSettings | None = None,
     *,
+    refusal: Refusal = "keep",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VectorBank:
     """Fit a bank, and calibrate its dose unless the settings give one (or ask for the paper's recipe).
 
     `prompts` are your own harmful prompts, each with its category; `categories` restricts them, or names built-in ones.
-    With neither, every built-in category is fitted. Only prompts of the `fit` split are read. `progress(done, total)` counts
-    prompts. Raises `SafeSteerError` (or a subclass) with one sentence on what to do.
+    With neither, every built-in category is fitted. Only prompts of the `fit` split are read. `refusal="remove"` takes the
+    model's own refusal direction out of every category's. `progress(done, total)` counts prompts. Raises `SafeSteerError` (or a
+    subclass) with one sentence on what to do.
     """
     wanted = settings or FitSettings()
-    if wanted.dose is not None or wanted.multiplier is not None or wanted.recipe != "default":
-        return fit_directions(loaded, categories, prompts, settings, progress=progress)
-    chosen = chosen_prompts(harmful_sets(categories, prompts))
-    extra = (STEPS + 1) * sum(map(len, chosen.values()))
-    whole = 0
+    sets = harmful_sets(categories, prompts)
+    free = wanted.dose is None and wanted.multiplier is None and wanted.recipe == "default"
+    chosen = chosen_prompts(sets) if free else {}
+    harmful = [text for texts in chosen_prompts(sets, ASKED).values() for text in texts] if refusal == "remove" else []
+    extra = (STEPS + 1) * sum(map(len, chosen.values())) + 2 * len(harmful)
+    done = fitted = 0
 
-    def first(done: int, total: int) -> None:
-        nonlocal whole
-        whole = total
-        progress(done, total + extra)
+    def first(count: int, total: int) -> None:
+        nonlocal done, fitted
+        done, fitted = count, total
+        progress(done, fitted + extra)
 
-    bank = fit_directions(loaded, categories, prompts, settings, progress=first)
-    done = whole
-
-    def second(count: int) -> None:
+    def then(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, whole + extra)
+        progress(done, fitted + extra)
 
-    return calibrated(loaded, bank, chosen, progress=second)
+    bank = fit_directions(loaded, categories, prompts, settings, progress=first)
+    if harmful:
+        bank = without_refusal(bank, refusal_direction(loaded, bank, harmful, progress=then))
+    return calibrated(loaded, bank, chosen, progress=then) if chosen else bank

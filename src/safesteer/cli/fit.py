@@ -103,6 +103,9 @@ def fit(
     false_alarm: Annotated[
         float | None, typer.Option(help="Share of harmless prompts for which the gate may open; 0.1 if not given.")
     ] = None,
+    refusal: Annotated[
+        str, typer.Option(help="The model's own refusal direction: keep, or remove it from every category's.")
+    ] = "keep",
     neurons: Annotated[
         int, typer.Option(min=0, help="Risk neurons to find for each category, for policies with site: neurons.")
     ] = 0,
@@ -120,13 +123,14 @@ def fit(
     settings = _settings(
         recipe, method, site, layers, position, harmless, multiplier, dose, shrinkage, gate, false_alarm, neurons
     )
+    refused = _choice(refusal, ("keep", "remove"), "--refusal")
     own = read_prompt_files(prompts or [], category)
     loaded = options.load(model, dtype, device, device_map, revision, trust_remote_code, load_4bit, load_8bit)
     from safesteer.calibration import fit as fit_bank
 
     began = time.perf_counter()
     with progress_bar("Reading prompts") as update:
-        bank = fit_bank(loaded, category, own, settings, progress=update)
+        bank = fit_bank(loaded, category, own, settings, refusal=refused, progress=update)
     bank.save(out_file)
     seconds = time.perf_counter() - began
     if json:
