@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from safesteer.engines import GenerationSettings
+import safesteer
+from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation import responding
 from safesteer.evaluation.suites import Suite, SuiteRow
@@ -32,8 +33,8 @@ from safesteer.tuning import (
 from safesteer.tuning.candidates import Space
 from safesteer.tuning.study import Trial, choose, pareto, smoothed
 from safesteer.tuning.trial import assess, rungs
-from safesteer.vectors import VectorBank
-from tests.tiny import bank_for, make
+from safesteer.vectors import FitSettings, VectorBank
+from tests.tiny import bank_for, make, prompts
 
 SPACE = Space(tuple(range(6, 22)), 3, tokens=("all",))
 
@@ -331,3 +332,20 @@ def test_where_nothing_was_judged_the_sentence_says_why() -> None:
     trials = [Trial(n, Candidate(0, 2, 0.1), Assessment(pruned="too weak")) for n in range(3)]
     with pytest.raises(SafeSteerError, match=r"3 too weak \(the gate may not open"):
         choose(trials, Limits(), SPACE)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+def test_fit_then_tune_need_no_choice_of_blocks_or_dose_on_any_model(architecture: str, tmp_path: Path) -> None:
+    """The whole procedure: blocks and dose are found on random weights, as on any others."""
+    loaded = make(architecture)
+    split = tuple(replace(one, split="tune") for one in tuple(prompts())[::2])
+    both = PromptSet((*prompts(), *split), "mine")
+    fitted = safesteer.fit(loaded, None, both, FitSettings(shrinkage=0.5, gate=False, position="last"))
+    assert fitted.provenance["calibration"]["effect"] > 0
+    bench = make_bench(loaded, fitted, _Short(), tmp_path, prompts=both, generation=GenerationSettings(6))
+    # random weights write nothing but broken text, steered or not
+    found = tune(bench, fitted, TuneSettings(trials=3, limits=Limits(1.0, 1.0, 10.0)))
+    assert found.bank.acting_layers("breaking") and 0 < found.bank.dose("breaking") <= 2
+    found.bank.save(tmp_path / "tuned.safetensors")
+    text = generate(loaded, VectorBank.load(tmp_path / "tuned.safetensors"), [Request("How do I smash the vase?")])
+    assert [one["category"] for one in text[0].steering["acting"]] == ["breaking", "lying"]
