@@ -11,6 +11,7 @@ prompt's end (0.28) and there and in answers (0.22) have the same one (docs/meth
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -52,17 +53,22 @@ def divergences(
     """KL of the next-token distribution at the end of each prompt, unsteered against steered by `policies`, in nats."""
     encoded = [encode(loaded.tokenizer, prompt) for prompt in prompts]
     values = [0.0] * len(encoded)
+    known = inspect.signature(loaded.model.forward).parameters
     steerer = Steerer(loaded, bank, force=force)
     for batch in batches_by_length(encoded, BATCH_TOKENS):
-        # Padded on the right: positions then count from 0 in models that do not read them off the mask.
-        ids, mask = pad([encoded[index] for index in batch], loaded.pad_id, "right")
-        inputs = {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
-        rows, last = torch.arange(len(batch)), mask.sum(dim=1) - 1
+        ids, mask = pad([encoded[index] for index in batch], loaded.pad_id, "left")
+        inputs = {
+            "input_ids": ids.to(loaded.device),
+            "attention_mask": mask.to(loaded.device),
+            # Some models do not read positions off the mask, and count padding.
+            **(
+                {"position_ids": (mask.cumsum(1) - 1).clamp_min(0).to(loaded.device)} if "position_ids" in known else {}
+            ),
+            **({"logits_to_keep": 1} if "logits_to_keep" in known else {}),
+        }
 
-        def next_token(
-            inputs: dict[str, torch.Tensor] = inputs, rows: torch.Tensor = rows, last: torch.Tensor = last
-        ) -> Any:
-            return torch.log_softmax(loaded.model(**inputs).logits[rows, last].float(), dim=-1)
+        def next_token(inputs: dict[str, Any] = inputs) -> torch.Tensor:
+            return torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
 
         plain = next_token()
         steerer.assign([policies[index] for index in batch])
