@@ -1,12 +1,11 @@
 """Calibration: the dose at which steering changes what a model is about to say as much as it should, on every model.
 
     effect(dose) = mean over harmful prompts x of  KL( p_unsteered(. | x) || p_steered(. | x) )   of the first response token
-    dose         : effect(dose) = TARGET nats, by bisection on one factor for all doses of the bank
+    dose         : effect(dose) = TARGET nats, by secants in log dose and log effect, one factor for all doses of the bank
 
 A dose is a share of the residual stream's length; what it does differs from model to model, from block to block and from
-direction to direction. The effect on the next token differs less: the doses that blind reading chose for directions read at the
-prompt's end (0.28) and there and in answers (0.22) have the same one (docs/method.md). This is the quick form of
-`safesteer tune`: a few forward passes, no text, no judge.
+direction to direction. TARGET is the effect of the dose that blind reading chose on the embedded model (docs/method.md). This is
+the quick form of `safesteer tune`: a few forward passes, no text, no judge.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 
 from safesteer.activations import batches_by_length, pad
 from safesteer.engines import Steerer
-from safesteer.models import LoadedModel, encode
+from safesteer.models import EncodedPrompt, LoadedModel, encode
 from safesteer.policy import Policy
 from safesteer.prompts import PromptSet
 from safesteer.refusal import refusal_direction, without_refusal
@@ -31,16 +30,35 @@ from safesteer.vectors.fitting import harmful_sets
 
 Refusal = Literal["keep", "remove"]
 
-TARGET = 1.15  # nats: the effect of the dose that reading chose on the embedded model
+TARGET = 1.07  # nats: the effect of the dose that reading chose on the embedded model
 LEAST, MOST = 0.05, 0.6  # of the total dose
-STEPS = 6
-PROMPTS = 48
+TRIES = 4
+SLOPE = 1.7  # effect grows about with this power of the dose
+PROMPTS = 24
+BATCH = 32
 ASKED = 240  # prompts of which it is seen whether the model declines them
 STEP = 0.01  # doses are rounded to it: the effect is not known better
 BATCH_TOKENS = 2048
 
 
 @torch.inference_mode()
+def _next_token(loaded: LoadedModel, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
+    """Log probabilities of the token after each prompt, fp32 `[prompts, vocabulary]`."""
+    known = inspect.signature(loaded.model.forward).parameters
+    ids, mask = pad(prompts, loaded.pad_id, "left")
+    inputs: dict[str, Any] = {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
+    if "position_ids" in known:  # some models do not read positions off the mask, and count padding
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0).to(loaded.device)
+    if "logits_to_keep" in known:
+        inputs["logits_to_keep"] = 1
+    return torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
+
+
+def _divergence(plain: torch.Tensor, steered: torch.Tensor) -> list[float]:
+    values: list[float] = (plain.exp() * (plain - steered)).sum(-1).clamp_min(0.0).tolist()
+    return values
+
+
 def divergences(
     loaded: LoadedModel,
     bank: VectorBank,
@@ -53,29 +71,14 @@ def divergences(
     """KL of the next-token distribution at the end of each prompt, unsteered against steered by `policies`, in nats."""
     encoded = [encode(loaded.tokenizer, prompt) for prompt in prompts]
     values = [0.0] * len(encoded)
-    known = inspect.signature(loaded.model.forward).parameters
     steerer = Steerer(loaded, bank, force=force)
     for batch in batches_by_length(encoded, BATCH_TOKENS):
-        ids, mask = pad([encoded[index] for index in batch], loaded.pad_id, "left")
-        inputs = {
-            "input_ids": ids.to(loaded.device),
-            "attention_mask": mask.to(loaded.device),
-            # Some models do not read positions off the mask, and count padding.
-            **(
-                {"position_ids": (mask.cumsum(1) - 1).clamp_min(0).to(loaded.device)} if "position_ids" in known else {}
-            ),
-            **({"logits_to_keep": 1} if "logits_to_keep" in known else {}),
-        }
-
-        def next_token(inputs: dict[str, Any] = inputs) -> torch.Tensor:
-            return torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
-
-        plain = next_token()
+        rows = [encoded[index] for index in batch]
+        plain = _next_token(loaded, rows)
         steerer.assign([policies[index] for index in batch])
         with steerer:
-            steered = next_token()
-        found = (plain.exp() * (plain - steered)).sum(-1).clamp_min(0.0)
-        for index, value in zip(batch, found.tolist(), strict=True):
+            steered = _next_token(loaded, rows)
+        for index, value in zip(batch, _divergence(plain, steered), strict=True):
             values[index] = value
         progress(len(batch))
     return values
@@ -97,25 +100,54 @@ def calibrated(
 ) -> VectorBank:
     """The bank at the dose whose effect on harmful `prompts` (by category of the bank) is `target` nats.
 
-    Its provenance tells dose, effect and target. The dose stays within 0.05 and 0.6 whatever the effect. `progress` is called
-    with the number of prompts just read, `STEPS + 1` times all of them.
+    Its provenance tells dose, effect and target. The dose stays within `LEAST` and `MOST` whatever the effect. `progress` is
+    called with numbers of prompts just read, `TRIES + 2` times all of them in sum.
     """
-    pairs = [(name, text) for name, texts in prompts.items() for text in texts]
-    policies = [Policy.of({name: 1.0}, tokens=bank.tokens) for name, _ in pairs]
+    pairs = sorted(
+        ((name, encode(loaded.tokenizer, text)) for name, texts in prompts.items() for text in texts),
+        key=lambda pair: len(pair[1]),
+    )
+    batches = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
+    plain = [_next_token(loaded, [one for _, one in batch]) for batch in batches]
+    progress(len(pairs))
 
     def effect(total: float) -> float:
-        found = divergences(loaded, scaled(bank, total), [text for _, text in pairs], policies, progress=progress)
+        """Mean KL at a total dose; infinite where the model overflows."""
+        found: list[float] = []
+        for before, batch in zip(plain, batches, strict=True):
+            policies = [Policy.of({name: 1.0}, tokens=bank.tokens) for name, _ in batch]
+            with Steerer(loaded, scaled(bank, total), policies):
+                found += _divergence(before, _next_token(loaded, [one for _, one in batch]))
+        progress(len(pairs))
         mean = sum(found) / len(found)
         return mean if math.isfinite(mean) else math.inf
 
-    low, high = LEAST, MOST
-    for _ in range(STEPS):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if effect(middle) < target else (low, middle)
-    total = max(LEAST, round(math.sqrt(low * high) / STEP) * STEP)
+    dose = min(MOST, max(LEAST, max(bank.dose(name) for name in bank.categories)))
+    tried: list[tuple[float, float]] = []
+    for _ in range(TRIES):
+        tried.append((dose, effect(dose)))
+        following = _next_dose(tried, target)
+        if round(following / STEP) == round(dose / STEP):
+            break
+        dose = following
+    total = max(STEP, round(dose / STEP) * STEP)
     reached = effect(total)
+    progress((TRIES - len(tried)) * len(pairs))
     record = {"target": target, "effect": round(reached, 4), "dose": round(total, 4), "prompts": len(pairs)}
     return replace(scaled(bank, total), provenance={**bank.provenance, "calibration": record})
+
+
+def _next_dose(tried: Sequence[tuple[float, float]], target: float) -> float:
+    """The dose at which the secant through the two latest (dose, effect), or a line of slope `SLOPE`, meets the target."""
+    dose, found = tried[-1]
+    if not math.isfinite(found):
+        return max(LEAST, dose / 2)
+    slope = SLOPE
+    if len(tried) > 1 and tried[-2][0] != dose and 0 < tried[-2][1] < math.inf and found > 0:
+        slope = math.log(found / tried[-2][1]) / math.log(dose / tried[-2][0])
+        slope = min(4.0, max(0.5, slope))
+    step = math.log(max(target, 1e-9) / max(found, 1e-9)) / slope
+    return min(MOST, max(LEAST, dose * math.exp(min(1.5, max(-1.5, step)))))
 
 
 def chosen_prompts(sets: Mapping[str, PromptSet], count: int = PROMPTS) -> dict[str, list[str]]:
@@ -150,7 +182,7 @@ def fit(
     free = wanted.dose is None and wanted.multiplier is None and wanted.recipe == "default"
     chosen = chosen_prompts(sets) if free else {}
     harmful = [text for texts in chosen_prompts(sets, ASKED).values() for text in texts] if refusal == "remove" else []
-    extra = (STEPS + 1) * sum(map(len, chosen.values())) + 2 * len(harmful)
+    extra = (TRIES + 2) * sum(map(len, chosen.values())) + 2 * len(harmful)
     done = fitted = 0
 
     def first(count: int, total: int) -> None:
