@@ -30,7 +30,8 @@ from safesteer.vectors.fitting import harmful_sets
 
 Refusal = Literal["keep", "remove"]
 
-TARGET = 1.07  # nats: the effect of the dose that reading chose on the embedded model
+TARGET = 1.1  # nats: the effect of the dose that reading chose on the embedded model, for directions read in answers too
+TARGET_LAST = 0.8  # likewise, for those read in prompts alone, which lose the topic sooner
 LEAST, MOST = 0.05, 0.6  # of the total dose
 TRIES = 4
 SLOPE = 1.7  # effect grows about with this power of the dose
@@ -198,4 +199,5 @@ def fit(
     bank = fit_directions(loaded, categories, prompts, settings, progress=first)
     if harmful:
         bank = without_refusal(bank, refusal_direction(loaded, bank, harmful, progress=then))
-    return calibrated(loaded, bank, chosen, progress=then) if chosen else bank
+    target = TARGET if "answer" in bank.provenance["position"] else TARGET_LAST
+    return calibrated(loaded, bank, chosen, target, progress=then) if chosen else bank

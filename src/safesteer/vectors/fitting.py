@@ -50,7 +50,7 @@ PRIOR = 64  # pairs of its own for which a category counts as much as what it bo
 LENT = 16  # pairs of each built-in category, for the direction that they share
 # Of how many prompts of a kind a gate reads one in another form.
 FORMED = {"harmful": 2, "matched": 4, "pool": 2, "soundalike": 2}
-DOSE = 0.22  # total relative dose over the acting layers
+DOSE = 0.26  # total relative dose over the acting layers; `safesteer.calibration` finds one for each model
 DOSE_LAST = 0.28  # of directions that are not read in answers as well: they lose the topic later
 SHRINKAGE = 0.5  # how far category directions are moved towards the one they share
 PAPER_LAYERS = (14 / 32, 16 / 32, 20 / 32, 25 / 32, 31 / 32)  # the layers the paper tried, of 32; the first acts
