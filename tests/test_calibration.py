@@ -74,6 +74,9 @@ def test_prompts_are_spread_evenly(llama: LoadedModel) -> None:
 def test_divergences_do_not_depend_on_what_stands_beside_a_prompt(architecture: str) -> None:
     loaded = make(architecture)
     bank = bank_for(loaded)
-    texts, policy = ["Why?", "How do I smash the big old clock over the door of the house?"], Policy.of({"breaking": 1.0})
+    texts, policy = (
+        ["Why?", "How do I smash the big old clock over the door of the house?"],
+        Policy.of({"breaking": 1.0}),
+    )
     together = divergences(loaded, bank, texts, [policy] * 2)
     assert together == pytest.approx([divergences(loaded, bank, [text], [policy])[0] for text in texts], rel=1e-3)

@@ -30,7 +30,9 @@ from safesteer.vectors.fitting import harmful_sets
 
 Refusal = Literal["keep", "remove"]
 
-TARGET = 1.1  # nats: the effect of the dose that reading chose on the embedded model, for directions read in answers too
+TARGET = (
+    1.1  # nats: the effect of the dose that reading chose on the embedded model, for directions read in answers too
+)
 TARGET_LAST = 0.8  # likewise, for those read in prompts alone, which lose the topic sooner
 LEAST, MOST = 0.05, 0.6  # of the total dose
 TRIES = 4

@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from safesteer import __version__
-from safesteer.cli import categories, chat, demo, doctor, evaluate, fit, generate, inspect, judge, prompts, suites, tune
+from safesteer.cli import (
+    categories,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    fit,
+    generate,
+    inspect,
+    judge,
+    prompts,
+    suites,
+    tune,
+)
 from safesteer.cli.console import err
 from safesteer.errors import SafeSteerError
 
@@ -28,6 +42,7 @@ app.command("fit")(fit.fit)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
+app.command("explain")(explain.explain)
 app.command("tune")(tune.tune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("suites")(suites.suites)

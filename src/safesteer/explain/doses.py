@@ -1,0 +1,239 @@
+"""Dose and response: what more of a bank's dose does to answers, and where a dose does most.
+
+    dose_response   at strength s, always on, by the prompt's own category:
+        outcomes        of the answers, by a judge
+        perplexity      exp( - 1/T  sum_t log p(y_t | x, y_<t) )   of the steered answers under the unsteered model
+        KL              KL( p(. | x) || p_s(. | x) )   of the next token at the prompt's end, in nats
+                        harmful prompts: always on, beside random directions of the same norm; harmless ones: gated as by default
+    by_layer        KL of harmful prompts where the whole dose stands at one block l of the bank, block after block
+
+KL says how much the next token's distribution moves, not whether the move is a good one: a random direction moves it too, which
+is why it stands beside each figure.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from safesteer.calibration import divergences
+from safesteer.engines import GenerationSettings, Request, generate
+from safesteer.errors import SafeSteerError
+from safesteer.evaluation.measures import perplexities
+from safesteer.evaluation.results import Interval
+from safesteer.evaluation.statistics import bootstrap
+from safesteer.judges.base import OUTCOMES, Exchange, Judge, Outcome
+from safesteer.models import LoadedModel
+from safesteer.policy import Policy
+from safesteer.vectors import VectorBank
+from safesteer.vectors.controls import randomised
+
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
+Asked = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """The median, and the quartiles below and above it."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Dose:
+    """What one strength did.
+
+    `outcomes` counts all five; `failures` those that the judge could not judge. `perplexity` of the answers that are not empty
+    (None: all are). `harmful`, `control` (random directions) and `harmless`: mean next-token KL in nats, 95% bootstrap interval.
+    """
+
+    strength: float
+    outcomes: dict[Outcome, int]
+    failures: int
+    perplexity: Quartiles | None
+    harmful: Interval
+    control: Interval
+    harmless: Interval
+
+    @property
+    def judged(self) -> int:
+        """How many answers have an outcome."""
+        return sum(self.outcomes.values())
+
+
+@dataclass(frozen=True)
+class DoseResponse:
+    """Strength after strength, on `prompts` harmful and `harmless` harmless prompts. `note`: what cannot be shown, or empty."""
+
+    judge: str
+    prompts: int
+    harmless: int
+    doses: tuple[Dose, ...]
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "doses": [_plain(one) for one in self.doses]}
+
+
+@dataclass(frozen=True)
+class LayerEffect:
+    """The whole dose at one block (0-based): mean next-token KL in nats, with a 95% interval, overall and by category.
+
+    `control`: the same with random directions of the same norm. `acts`: whether the bank acts there by default.
+    """
+
+    layer: int
+    acts: bool
+    effect: Interval
+    control: Interval
+    categories: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LayerEffects:
+    """Block after block of those that the bank holds, on `prompts` harmful prompts. `note`: what cannot be shown, or empty."""
+
+    prompts: int
+    layers: tuple[LayerEffect, ...]
+    note: str = ""
+
+    @property
+    def best(self) -> int:
+        """The block (0-based) where the dose moves the next token most."""
+        return max(self.layers, key=lambda one: one.effect.value).layer
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the best block."""
+        return {**asdict(self), "best": self.best, "layers": [_plain(one) for one in self.layers]}
+
+
+def dose_response(
+    loaded: LoadedModel,
+    bank: VectorBank,
+    judge: Judge,
+    prompts: Mapping[str, Sequence[str]],
+    harmless: Sequence[str],
+    strengths: Sequence[float] = STRENGTHS,
+    *,
+    max_new_tokens: int = 48,
+    seed: int = 0,
+    force: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
+) -> DoseResponse:
+    """Outcomes, perplexity and KL at each of `strengths`, those above the bank's ceiling at the ceiling.
+
+    `prompts` are harmful, by category of the bank. `progress` is called with the number of answers just given, one a prompt and
+    strength. Raises `SafeSteerError` for no prompts, no harmless prompts, and no or negative strengths.
+    """
+    asked = _asked(bank, prompts)
+    if not harmless:
+        raise SafeSteerError("there are no harmless prompts to read the divergence on; give at least one")
+    if not strengths or min(strengths) < 0:
+        raise SafeSteerError("the strengths of a dose-response curve must be 0 or more; give at least one")
+    control = randomised(bank, seed)
+    texts = [text for _, text in asked]
+    doses = []
+    for strength in sorted({min(float(one), bank.strength_ceiling) for one in strengths}):
+        policies = [Policy.of({name: strength}, tokens=bank.tokens) for name, _ in asked]
+        requests = [Request(text, policy) for text, policy in zip(texts, policies, strict=True)]
+        said = generate(loaded, bank, requests, GenerationSettings(max_new_tokens), force=force, progress=progress)
+        answers = [one.text for one in said]
+        judged = [
+            one.outcome
+            for one in judge.judge(
+                [Exchange(text, answer, n) for (n, text), answer in zip(asked, answers, strict=True)]
+            )
+        ]
+        counts = Counter(judged)
+        gated = [_default(bank, strength)] * len(harmless)
+        doses.append(
+            Dose(
+                strength,
+                {name: counts[name] for name in OUTCOMES},
+                counts[None],
+                _quartiles(perplexities(loaded, texts, answers)),
+                bootstrap(divergences(loaded, bank, texts, policies, force=force)),
+                bootstrap(divergences(loaded, control, texts, policies, force=force)),
+                bootstrap(divergences(loaded, bank, harmless, gated, force=force)),
+            )
+        )
+    return DoseResponse(judge.name, len(asked), len(harmless), tuple(doses), _note(bank))
+
+
+def by_layer(
+    loaded: LoadedModel,
+    bank: VectorBank,
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    seed: int = 0,
+    force: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
+) -> LayerEffects:
+    """Next-token KL of harmful `prompts`, by category of the bank, with the whole dose at each block that the bank holds.
+
+    `progress` is called with the number of prompts just read, twice (directions and random ones) a block and prompt.
+    """
+    asked = _asked(bank, prompts)
+    texts, control = [text for _, text in asked], randomised(bank, seed)
+    layers = []
+    for layer in bank.layers:
+        policies = [Policy.of({name: 1.0}, layers=(layer,), tokens=bank.tokens) for name, _ in asked]
+        found, random = (
+            divergences(loaded, one, texts, policies, force=force, progress=progress) for one in (bank, control)
+        )
+        by_category: dict[str, list[float]] = {}
+        for (name, _), value in zip(asked, found, strict=True):
+            by_category.setdefault(name, []).append(value)
+        layers.append(
+            LayerEffect(
+                layer,
+                any(layer in bank.acting_layers(name) for name in by_category),
+                bootstrap(found),
+                bootstrap(random),
+                {name: sum(values) / len(values) for name, values in by_category.items()},
+            )
+        )
+    return LayerEffects(len(asked), tuple(layers), _note(bank))
+
+
+def _asked(bank: VectorBank, prompts: Mapping[str, Sequence[str]]) -> Asked:
+    asked = [(bank.categories[bank.index(name)], text) for name, texts in prompts.items() for text in texts]
+    if not asked:
+        raise SafeSteerError("there are no harmful prompts; give some by category")
+    return asked
+
+
+def _default(bank: VectorBank, strength: float) -> Policy:
+    """The bank's default policy with every category at `strength`."""
+    policy = Policy.default(bank)
+    scaled = {name: how.model_copy(update={"strength": strength}) for name, how in policy.categories.items()}
+    return policy.model_copy(update={"categories": scaled})
+
+
+def _quartiles(values: Sequence[float | None]) -> Quartiles | None:
+    found = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+    if not len(found):
+        return None
+    low, median, high = found.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    return Quartiles(median, low, high)
+
+
+def _note(bank: VectorBank) -> str:
+    notes = []
+    if bank.tokens == "generated":
+        notes.append("the bank steers generated tokens only, so the next token after a prompt never moves")
+    if bank.gate is None:
+        notes.append("the bank has no gate, so harmless prompts are steered by all categories")
+    return "; ".join(notes)
+
+
+def _plain(one: Dose | LayerEffect) -> dict[str, Any]:
+    """Plain data of a record that holds intervals."""
+    return {name: v.model_dump() if isinstance(v, Interval) else v for name, v in asdict(one).items()}
