@@ -34,7 +34,16 @@ GRADED = Path(__file__).parent / "graded"
 PLAIN = ("unsteered", "system-prompt", "refuse-prompt")
 PART = 256
 FOLDS = 5
-LATER = ("tune-8", "tune-9", "tune-10", "test-3", "test-3c")  # rounds read after the judge that ships was trained
+LATER = (
+    "tune-8",
+    "tune-9",
+    "tune-10",
+    "tune-11",
+    "tune-12",
+    "test-3",
+    "test-3c",
+    "test-4",
+)  # rounds read after the judge that ships was trained
 CHOSEN = ("words", "cosine", "mean-15", "mean-18", "mean-22")
 L2 = 1e-5
 

@@ -154,7 +154,7 @@ def test_words_that_cannot_be_read_are_a_note(llama: LoadedModel, monkeypatch: p
     def refuse(*_: object, **__: object) -> None:
         raise UnsupportedModelError("no final norm was found")
 
-    monkeypatch.setattr(neurons, "direct", refuse)
+    monkeypatch.setattr(neurons, "Ending", refuse)
     view = find(llama, bank_for(llama), SETS, count=2, swaps=20)
     assert view.note == "what neurons write cannot be put into words: no final norm was found"
     assert all(one.writes == () and one.alignment != 0 for found in view.categories.values() for one in found.top)

@@ -79,7 +79,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     loaded, folder = tiny.make("llama"), tmp_path_factory.mktemp("explained")
     bank = gated(loaded)
     stages: list[str] = []
-    settings = StudySettings(most=6, asked=1, worded=2, harmless=4, max_new_tokens=4)
+    settings = StudySettings(most=6, worded=2, answered=2, placed=1, harmless=4, max_new_tokens=4)
     found = sources(bank, ["breaking"], prompts())
     study = explain_bank(
         loaded, bank, Stub(), found, settings, progress=lambda stage, done, total: stages.append(stage)
@@ -126,6 +126,8 @@ class Page(HTMLParser):
 
 def test_every_stage_ran_and_said_so(made: Made) -> None:
     assert made.study.left_out == {}
+    assert made.study.doses is not None and made.study.doses.prompts == 2
+    assert made.study.layers is not None and made.study.layers.prompts == 1
     assert set(made.study.seconds) == set(STAGES)
     assert made.stages == [
         "Reading prompts", "Separating categories", "Reading tokens", "Finding neurons", "Holding neurons",
@@ -238,7 +240,7 @@ def test_what_is_left_out_is_said_to_be_left_out() -> None:
 def test_what_a_model_or_bank_cannot_show_is_said_and_costs_no_other_stage() -> None:
     loaded = tiny.make("mixtral")
     bank = replace(tiny.bank_for(loaded), tokens="generated")
-    settings = StudySettings(most=6, asked=1, worded=1, harmless=2, max_new_tokens=2, without=("geometry", "doses"))
+    settings = StudySettings(most=6, worded=1, answered=2, harmless=2, max_new_tokens=2, without=("geometry", "doses"))
     study = explain_bank(loaded, bank, Stub(), sources(bank, None, tiny.prompts()), settings)
     assert study.neurons is not None and "experts" in study.neurons.note
     assert "experts" in study.left_out["causal"]

@@ -64,7 +64,8 @@ def explain(
     prompts: Annotated[
         list[Path] | None, typer.Option(help="Prompts of your own categories: .jsonl, .csv. Repeatable.")
     ] = None,
-    most: Annotated[int, typer.Option(min=4, help="Pairs of a category to read, at most.")] = 16,
+    most: Annotated[int, typer.Option(min=4, help="Pairs of a category to read, at most.")] = 12,
+    answers: Annotated[int, typer.Option(min=1, help="Harmful prompts to answer at each dose, in all.")] = 12,
     without: Annotated[
         list[str] | None,
         typer.Option("--without", help="geometry, tokens, neurons, causal, doses or attribution. Repeatable."),
@@ -125,7 +126,7 @@ def explain(
     data: dict[str, Any] = {} if view is None else {"prompt": view.to_json()}
     if found is not None:
         settings = StudySettings(
-            most=most, max_new_tokens=max_new_tokens, seed=seed,
+            most=most, answered=answers, max_new_tokens=max_new_tokens, seed=seed,
             without=cast("tuple[Stage, ...]", tuple(dict.fromkeys(without or ()))),
         )  # fmt: skip
         with progress_bar("Reading prompts") as update:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CONDITIONS = {"unsteered": "unsteered", "selective": "selective neurons held", "random": "random neurons held"}
-TOP = 3  # neurons of a category in the table; the data has all
 
 # -- risk neurons ------------------------------------------------------------------------------------------------------
 
@@ -90,9 +89,9 @@ def neurons_section(study: Study) -> Section:
             ),
             Table(
                 "neurons",
-                f"The most specific neurons, {TOP} a category",
+                "The most specific neurons of each category",
                 heads,
-                [_neuron_row(name, one) for name in view.categories for one in view.categories[name].top[:TOP]],
+                [_neuron_row(name, one) for name in view.categories for one in view.categories[name].top],
                 view.to_json(),
                 True,
             ),
@@ -240,7 +239,7 @@ def doses_section(study: Study) -> Section:
         drawn.append(response_figure(study.doses))
         if study.doses.prompts < 100:
             notes.append(
-                f"{study.doses.prompts} answers a strength are few: an interval of about 20 points either way. "
+                f"{study.doses.prompts} answers a strength are few: a sketch, with the intervals shown. More with `--answers`; "
                 "`safesteer evaluate --doses` measures on whole suites."
             )
     elif study.doses is not None:

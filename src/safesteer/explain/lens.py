@@ -124,12 +124,14 @@ def direct(
     count: int = 12,
     *,
     prompts: Sequence[Conversation] | None = None,
+    ending: Ending | None = None,
     controls: int = CONTROLS,
     seed: int = 0,
 ) -> Lens:
     """The direct lens of `direction` `[width]`, whose length does not matter: the `count` tokens at either end.
 
-    `prompts` give the typical states (default: the first harmless ones that ship). Raises `UnsupportedModelError` where the final
+    `prompts` give the typical states (default: the first harmless ones that ship); an `ending` made of them before saves reading
+    them again. Raises `UnsupportedModelError` where the final
     norm and the unembedding are not found, or do not give the model's own logits; `SafeSteerError` for a direction of
     another width or of length zero.
     """
@@ -139,7 +141,8 @@ def direct(
             f"the direction has {vector.shape[0]} numbers and the length {float(vector.norm()):g}; give one that is not "
             f"zero, of the model's width {loaded.layout.width}"
         )
-    ending = _Ending(loaded, list(prompts) if prompts is not None else harmless_pool().texts[:TYPICAL])
+    if ending is None:
+        ending = Ending(loaded, list(prompts) if prompts is not None else harmless_pool().texts[:TYPICAL])
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(controls, vector.shape[0], generator=generator)
     effects = ending.effects(torch.cat([vector[None], random]))
@@ -212,7 +215,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-class _Ending:
+class Ending:
     """The final norm and the unembedding of a model, and what enters them at the last token of some prompts."""
 
     def __init__(self, loaded: LoadedModel, prompts: Sequence[Conversation]) -> None:

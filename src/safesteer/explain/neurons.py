@@ -23,7 +23,7 @@ import torch
 
 from safesteer.activations import run_until
 from safesteer.errors import SafeSteerError, UnsupportedModelError
-from safesteer.explain.lens import Token, direct, token_texts
+from safesteer.explain.lens import Ending, Token, direct, token_texts
 from safesteer.models import LoadedModel, encode
 from safesteer.models.layout import written
 from safesteer.prompts import PromptSet, builtin, builtin_categories, harmless_pool
@@ -150,14 +150,18 @@ def find(
     total = torch.stack([one.separation for one in measured.values()]).sum(dim=0)
     few = [name for name, some in pairs.items() if len(some) < FEWEST]
     notes = [f"{', '.join(few)}: no neuron can survive the swaps of fewer than {FEWEST} pairs"] if few else []
+    try:
+        ending = Ending(loaded, harmless_pool().texts[:TYPICAL])
+    except UnsupportedModelError as error:
+        ending = None
+        notes.append(f"what neurons write cannot be put into words: {error}")
     categories = {}
     for name, one in measured.items():
         others = (total - one.separation) / max(1, len(measured) - 1)
         slots = (one.separation - others)[one.candidates].argsort(descending=True)[:count].tolist()
         top = [_neuron(one, slot, float(others[one.candidates[slot]]) if len(measured) > 1 else None) for slot in slots]
-        top, note = _written(loaded, bank, name, _peaks(loaded, top))
+        top = _written(loaded, bank, name, _peaks(loaded, top), ending)
         categories[name] = replace(one.found, top=tuple(top))
-        notes += [note] if note and note not in notes else []
     sizes = next(iter(measured.values())).sizes
     return NeuronView(sum(sizes), len(sizes), categories, "; ".join(notes))
 
@@ -303,23 +307,20 @@ def _peaks(loaded: LoadedModel, neurons: Sequence[Neuron]) -> list[Neuron]:
 
 
 def _written(
-    loaded: LoadedModel, bank: VectorBank, category: str, neurons: Sequence[Neuron]
-) -> tuple[list[Neuron], str]:
-    """The neurons with their alignment and the words of the first `READ`; and why those cannot be read, or nothing."""
-    found, note = [], ""
+    loaded: LoadedModel, bank: VectorBank, category: str, neurons: Sequence[Neuron], ending: Ending | None
+) -> list[Neuron]:
+    """The neurons with their alignment and, where there is an `ending`, the words of the first `READ`."""
+    found = []
     for rank, neuron in enumerate(neurons):
         column = _column(loaded, neuron.layer, neuron.index)
         nearest = min(range(len(bank.layers)), key=lambda slot, at=neuron.layer: abs(bank.layers[slot] - at))  # type: ignore[misc]
         direction = bank.directions[bank.index(category), nearest].float().cpu()
         neuron = replace(neuron, alignment=float(torch.cosine_similarity(column, -direction, dim=0)))
-        if rank < READ and not note and float(column.norm()) > 0:
-            try:
-                lens = direct(loaded, column, WORDS, prompts=harmless_pool().texts[:TYPICAL], controls=0)
-                neuron = replace(neuron, writes=lens.promotes, unwrites=lens.suppresses)
-            except UnsupportedModelError as error:
-                note = f"what neurons write cannot be put into words: {error}"
+        if rank < READ and ending is not None and float(column.norm()) > 0:
+            lens = direct(loaded, column, WORDS, ending=ending, controls=0)
+            neuron = replace(neuron, writes=lens.promotes, unwrites=lens.suppresses)
         found.append(neuron)
-    return found, note
+    return found
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ A stage that was left out, or that this model or bank cannot give, stands in `le
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -42,6 +42,8 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 SLIDES = 6  # blocks whose projections are kept: every picture makes the page longer
 SHUFFLES = 4  # projections of each block with swapped labels: together they say how far an LDA axis gets on nothing
 TYPICAL = 4  # harmless prompts whose final states the direct lens is read at
+STRENGTHS = (0.0, 0.5, 1.0, 2.0)
+NAMED = 3  # neurons of a category: the words of each are another reading of the model
 WORDS = 10  # at either end of a lens
 
 Progress = Callable[[str, int, int], None]
@@ -51,17 +53,16 @@ Progress = Callable[[str, int, int], None]
 class StudySettings:
     """How much is read.
 
-    `most`: pairs of a category for geometry and neurons. `asked`: harmful prompts of a category that are answered in the stages
-    `causal` and `doses`; `placed`: those that the dose is placed at each block for. `worded`: harmful prompts of a category for
-    `tokens`. `harmless`: pool prompts for the divergence.
-    `without`: stages to leave out.
+    `most`: pairs of a category for geometry and neurons. `worded`: harmful prompts of a category for `tokens`. `answered`:
+    harmful prompts, of all categories together, that are answered at each dose and with neurons held; `placed`: those for which
+    the dose is placed at one block after the other. `harmless`: pool prompts for the divergence. `without`: stages to leave out.
     """
 
-    most: int = 16
-    asked: int = 2
-    worded: int = 4
-    placed: int = 1
-    harmless: int = 24
+    most: int = 12
+    worded: int = 3
+    answered: int = 12
+    placed: int = 6
+    harmless: int = 12
     max_new_tokens: int = 48
     seed: int = 0
     without: tuple[Stage, ...] = ()
@@ -247,8 +248,12 @@ class _Work:
 
         return more
 
-    def _texts(self, count: int) -> dict[str, list[str]]:
-        return {name: [one.text for one in spread(own, count)] for name, own in self.found.asked.items()}
+    def _texts(self, total: int, names: Sequence[str] | None = None) -> dict[str, list[str]]:
+        """About `total` prompts, as many of each category; of evenly spread categories where there are more of these."""
+        every = list(self.found.asked if names is None else names)
+        chosen = [every[index * len(every) // total] for index in range(total)] if total < len(every) else every
+        count = -(-total // len(chosen))
+        return {name: [one.text for one in spread(self.found.asked[name], count)] for name in chosen}
 
     def _paired(self, note: str) -> dict[str, PromptSet]:
         """Categories with two pairs or more; the others are named in `left_out` under `note`."""
@@ -296,7 +301,7 @@ class _Work:
         self.done |= {"projections": tuple(geometry.projections(kept)), "shuffled": tuple(shuffled)}
 
     def _tokens(self) -> None:
-        texts, seed = self._texts(self.settings.worded), self.settings.seed
+        texts, seed = self._texts(self.settings.worded * len(self.found.asked)), self.settings.seed
         typical = harmless_pool().texts[:TYPICAL]
         more = self._counting("Reading tokens", len(texts) + 1)
         words: dict[str, Words] = {}
@@ -315,9 +320,13 @@ class _Work:
         def by_steering(bank: VectorBank, name: str) -> Lens:
             return lens.by_steering(self.loaded, bank, name, texts[name], WORDS, seed=seed, force=self.force)
 
+        endings: list[lens.Ending] = []
+
         def direct(name: str, block: int) -> Lens:
+            if not endings:
+                endings.append(lens.Ending(self.loaded, typical))
             direction = self.bank.directions[self.bank.index(name), self.bank.layers.index(block)]
-            return lens.direct(self.loaded, direction, WORDS, prompts=typical, seed=seed)
+            return lens.direct(self.loaded, direction, WORDS, ending=endings[0], seed=seed)
 
         for name in texts:
             block = (self.bank.acting_layers(name) or self.bank.layers)[-1]
@@ -344,6 +353,7 @@ class _Work:
             self.bank,
             pairs,
             most=self.settings.most,
+            count=NAMED,
             seed=self.settings.seed,
             force=self.force,
             progress=self._counting("Finding neurons", count),
@@ -351,7 +361,9 @@ class _Work:
 
     def _causal(self) -> None:
         pairs = self._paired("causal check of some categories")
-        texts = {name: own for name, own in self._texts(self.settings.asked).items() if name in pairs}
+        if not pairs:
+            raise SafeSteerError("no category has harmless counterparts, so there are no neurons to hold")
+        texts = self._texts(self.settings.answered, list(pairs))
         self.done["causal"] = held.suppress(
             self.loaded,
             self.bank,
@@ -367,7 +379,7 @@ class _Work:
         )
 
     def _doses(self) -> None:
-        texts = self._texts(self.settings.asked)
+        texts = self._texts(self.settings.answered)
         pool = harmless_pool().split("tune")
         count = sum(map(len, texts.values()))
         self.done["doses"] = dosing.dose_response(
@@ -376,10 +388,11 @@ class _Work:
             self.judge,
             texts,
             [one.text for one in spread(pool, self.settings.harmless)],
+            STRENGTHS,
             max_new_tokens=self.settings.max_new_tokens,
             seed=self.settings.seed,
             force=self.force,
-            progress=self._counting("Answering at each dose", count * len(dosing.STRENGTHS)),
+            progress=self._counting("Answering at each dose", count * len(STRENGTHS)),
         )
         texts = self._texts(self.settings.placed)
         count = sum(map(len, texts.values()))
