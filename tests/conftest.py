@@ -18,6 +18,12 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
+def few_pairs_are_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Banks of few categories borrow from two pairs of each built-in category, not sixteen: seconds instead of a minute."""
+    monkeypatch.setattr("safesteer.vectors.fitting.LENT", 2)
+
+
+@pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)
 

@@ -163,6 +163,13 @@ def test_light_and_dark_are_chosen_by_the_reader_and_differ(made: Made) -> None:
     assert all(dark != light for dark, light in pairs)
 
 
+def test_every_figure_bears_the_title_that_the_page_and_its_data_give_it(made: Made) -> None:
+    for section in made.sections:
+        for one in section.figures:
+            for theme in figures.PALETTES:
+                assert " ".join(str(one.draw(theme).get_suptitle()).split()) == " ".join(one.title.split()), one.name
+
+
 def test_every_figure_and_table_has_its_data_beside_it(made: Made) -> None:
     for section in made.sections:
         for one in section.figures:
@@ -374,8 +381,10 @@ def test_words_that_most_categories_share_are_named_as_such() -> None:
 
 def test_neurons_stand_out_only_beyond_the_most_of_any_swap() -> None:
     found = CategoryNeurons(16, 7.0, 5, (0.1, 4), 4.0, (1,), ((0.0, 0, 0),))
-    assert "risk neurons stand out (5 of 46,080 pass" in messages.neurons("hate", found, 46080)
-    assert "no more neurons stand out than by chance" in messages.neurons("hate", replace(found, survivors=4), 46080)
+    assert messages.neurons("hate", found, 46080) == (
+        "Hate: 5 of 46,080 neurons pass, more than in any swap of its pairs (0.100 on average, at most 4)"
+    )
+    assert "which some swaps of its pairs reach too" in messages.neurons("hate", replace(found, survivors=4), 46080)
 
 
 def dose(strength: float, unsafe: int, safe: int) -> Dose:

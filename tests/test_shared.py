@@ -29,11 +29,6 @@ def fitted(
     return fit(loaded, names, prompts, FitSettings(**{**SETTINGS, **more}))  # type: ignore[arg-type]
 
 
-@pytest.fixture(autouse=True)
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "LENT", 2)
-
-
 @pytest.fixture
 def each(llama: LoadedModel) -> dict[str, torch.Tensor]:
     """The unit direction of every built-in category, from the pairs it lends alone."""

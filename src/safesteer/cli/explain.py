@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from safesteer.explain.study import Stage, Study
 
 
-def _words(tokens: tuple[Token, ...], most: int = 3) -> str:
+def _words(tokens: tuple[Token, ...], most: int = 2) -> str:
     from safesteer.explain.figures import visible
 
     return ", ".join(visible(token.text.strip()) for token in tokens[:most] if token.text.strip())
@@ -30,6 +30,8 @@ def table(study: Study) -> Table:
     from safesteer.explain import messages
 
     found = Table("category", "apart", "at block", "neurons", "pushes towards", "away from", box=None, pad_edge=False)
+    for column in found.columns[:4]:
+        column.no_wrap = True
     for name in study.categories:
         apart = study.separations.get(name)
         neurons = study.neurons.categories.get(name) if study.neurons else None

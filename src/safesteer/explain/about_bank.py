@@ -353,8 +353,8 @@ def words_figure(name: str, title: str, found: Lens) -> Drawn:
         ),
         found.to_json(),
         rows,
-        f"{found.skipped_promotes + found.skipped_suppresses} entries that are no readable text were passed over; "
-        f"{found.considered} tokens are likely enough to be said.",
+        f"Of {found.considered} tokens likely enough to be said; passed over as no readable text: "
+        f"{found.skipped_promotes + found.skipped_suppresses}.",
     )
 
 
@@ -412,7 +412,7 @@ def tokens_section(study: Study) -> Section:
         clear = sum(map(messages.words_stand_out, direct))
         blocks = sorted({one.block for one in study.words.values()})
         said = (
-            "so the words below are what any direction would give: read nothing into them"
+            "so its words, folded away below, are what any direction would give: read nothing into them"
             if clear == 0
             else "read the others as what any direction would give"
         )

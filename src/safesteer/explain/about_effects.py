@@ -24,6 +24,7 @@ from safesteer.explain.attribution import Attribution
 from safesteer.explain.causal import CausalCheck
 from safesteer.explain.doses import DoseResponse, LayerEffects
 from safesteer.explain.figures import Theme
+from safesteer.explain.geometry import Separation
 from safesteer.explain.neurons import CategoryNeurons, Neuron
 from safesteer.explain.pieces import Cell, Drawn, Group, Row, Section, Table, file_name
 from safesteer.explain.study import Account, Study
@@ -356,22 +357,23 @@ def attribution_section(study: Study) -> Section:
 # -- controls and limits -----------------------------------------------------------------------------------------------
 
 
+def _swapped_separation(category: str, found: Separation) -> Drawn:
+    title = messages.swapped_separation(category, found)
+    return Drawn(
+        "nothing_separation",
+        title,
+        lambda theme: figures.separation_by_layer({category: found}, title, theme),
+        found.to_json(),
+        separation_rows(found),
+    )
+
+
 def nothing_section(study: Study) -> Section:
     """The same figures for random directions and swapped labels."""
     nothing = study.nothing
     drawn = [cosine_figure(nothing.cosines, "nothing_cosines", random=True)]
     if nothing.separation is not None:
-        found, name = nothing.separation, nothing.category
-        title = messages.swapped_separation(name, found)
-        drawn.append(
-            Drawn(
-                "nothing_separation",
-                title,
-                lambda theme: figures.separation_by_layer({name: found}, title, theme),
-                found.to_json(),
-                separation_rows(found),
-            )
-        )
+        drawn.append(_swapped_separation(nothing.category, nothing.separation))
     if nothing.projection is not None:
         drawn.append(
             projection_figure(

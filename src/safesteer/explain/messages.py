@@ -179,13 +179,11 @@ def neurons_stand_out(found: CategoryNeurons) -> bool:
 
 def neurons(category: str, found: CategoryNeurons, tested: int) -> str:
     """How many neurons tell a category, against swapped pairs."""
-    name = category_title(category)
-    figures = f"{found.survivors} of {tested:,} pass, {number(found.swapped[0])} in swapped pairs (at most {found.swapped[1]})"
-    return (
-        f"{name}: risk neurons stand out ({figures})"
-        if neurons_stand_out(found)
-        else (f"{name}: no more neurons stand out than by chance ({figures})")
-    )
+    name, passed = category_title(category), f"{found.survivors} of {tested:,} neurons pass"
+    mean, most = number(found.swapped[0]), found.swapped[1]
+    if neurons_stand_out(found):
+        return f"{name}: {passed}, more than in any swap of its pairs ({mean} on average, at most {most})"
+    return f"{name}: {passed}, which some swaps of its pairs reach too ({mean} on average, at most {most})"
 
 
 def apart(one: Interval, other: Interval) -> bool:
