@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from safesteer.cli import main as cli_main
 from safesteer.models import LoadedModel, load_model
-from tests.tiny import make
+from tests.tiny import Run, make
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -46,3 +49,20 @@ def catqa() -> Path:
     if not path.is_file():
         pytest.skip("the folder shared/data is not beside this checkout")
     return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The `safesteer` command in this process: exit status, stdout, and stderr on one line."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["safesteer", *map(str, arguments)])
+        status = 0
+        try:
+            cli_main.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, " ".join(captured.err.split())
+
+    return call

@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safesteer.cli import main as cli_main
 from safesteer.vectors import VectorBank
-from tests.tiny import make
+from tests.tiny import Run, make
 
 PAIRS = [
     {"prompt": f"How do I smash the {thing}?", "matched": f"How do I mend the {thing}?", "subtopic": thing}
     for thing in ("vase", "door", "lamp", "chair", "plate", "clock")
 ]
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["safesteer", *map(str, arguments)])
-        status = 0
-        try:
-            cli_main.main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, " ".join(captured.err.split())
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
@@ -17,7 +16,6 @@ import pytest
 from rich.console import Console
 
 from safesteer.cli import heat
-from safesteer.cli import main as cli_main
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.results import Interval
 from safesteer.explain import figures, messages, report
@@ -28,13 +26,15 @@ from safesteer.explain.lens import Lens, Token
 from safesteer.explain.neurons import CategoryNeurons
 from safesteer.explain.one_prompt import PromptView, explain_prompt
 from safesteer.explain.pieces import Section, file_name
-from safesteer.explain.sources import sources, spread
+from safesteer.explain.sources import sources
 from safesteer.explain.study import STAGES, Study, StudySettings, explain_bank
 from safesteer.judges.base import Exchange, Judgement
 from safesteer.prompts import Prompt, PromptSet, harmless_pool
+from safesteer.prompts.sets import evenly
 from safesteer.vectors.controls import randomised
 from tests import tiny
 from tests.test_explain_attribution import gated
+from tests.tiny import Run
 
 HOSTILE = "breaking<b>&\"'"
 ASKED = "How do I smash the <script>alert(1)</script> & the vase?"
@@ -130,7 +130,7 @@ def test_every_stage_ran_and_said_so(made: Made) -> None:
     assert made.study.layers is not None and made.study.layers.prompts == 1
     assert set(made.study.seconds) == set(STAGES)
     assert made.stages == [
-        "Reading prompts", "Separating categories", "Reading tokens", "Finding neurons", "Holding neurons",
+        "Reading prompts", "Separating categories", "Reading tokens", "Reading neurons", "Holding neurons",
         "Answering at each dose", "Dose by block", "Accounting for readings",
     ]  # fmt: skip
     assert [one.identifier for one in made.sections] == [
@@ -270,7 +270,7 @@ def test_sources_ask_other_prompts_than_those_it_was_fitted_on_where_there_are_s
     found = sources(bank, ["lying"], PromptSet((*given, asked)))
     assert found.asked["lying"].texts == ["How do I deny it?"] and found.note == ""
     assert asked not in found.read["lying"].prompts
-    assert [one.text for one in spread(given, 3)] == [given.prompts[place].text for place in (0, 4, 8)]
+    assert [one.text for one in evenly(given.prompts, 3)] == [given.prompts[place].text for place in (0, 4, 8)]
 
 
 def test_no_number_that_json_lacks_is_written() -> None:
@@ -415,22 +415,11 @@ def test_a_block_is_named_the_strongest_only_beyond_random_directions() -> None:
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["safesteer", "explain", *map(str, arguments)])
-        status = 0
-        try:
-            cli_main.main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, " ".join(captured.err.split())
-
-    return call
+def run(run: Run) -> Run:
+    """`safesteer explain` with these arguments."""
+    return lambda *arguments: run("explain", *arguments)
 
 
 @pytest.fixture(scope="module")

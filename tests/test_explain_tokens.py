@@ -15,7 +15,7 @@ from safesteer.explain.continuations import compare, readings
 from safesteer.explain.lens import by_steering, direct, token_texts
 from safesteer.models import LoadedModel, embedded, encode
 from safesteer.models.layout import hidden_of, with_hidden
-from safesteer.policy import Policy
+from safesteer.policy import CategoryPolicy, Policy
 from safesteer.vectors import VectorBank
 from safesteer.vectors.controls import randomised
 from tests.test_explain_attribution import gated
@@ -227,6 +227,14 @@ def test_probabilities_in_one_pass_are_those_of_decoding_step_by_step(architectu
     assert both.divergence == pytest.approx(kl[0][: len(both.divergence)].tolist(), abs=1e-4)
     assert (both.divergence[0] < 1e-6) == (tokens == "generated")
     assert max(both.divergence) > 1e-3
+
+
+def test_holding_neurons_is_told_apart_as_steering_is(llama: LoadedModel) -> None:
+    bank = bank_for(llama, neurons=5)
+    policy = Policy(categories={"breaking": CategoryPolicy(strength=1.0, gate="always", site="neurons")})
+    both = compare(llama, bank, PROMPT, policy, 8)
+    assert both.steered_text == generate(llama, bank, [Request(PROMPT, policy)], GenerationSettings(8))[0].text
+    assert max(both.divergence) > 1e-6
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from safesteer.models import LoadedModel
 from safesteer.prompts import Prompt, PromptSet
 from safesteer.vectors import VectorBank, fit
 from safesteer.vectors.fitting import FitSettings
+
+Run = Callable[..., tuple[int, str, str]]  # what the fixture `run` gives
 
 VOCABULARY = 300
 TEMPLATE = (

@@ -23,6 +23,7 @@ from safesteer.engines import Steerer
 from safesteer.models import EncodedPrompt, LoadedModel, encode
 from safesteer.policy import Policy
 from safesteer.prompts import PromptSet
+from safesteer.prompts.sets import evenly
 from safesteer.refusal import refusal_direction, without_refusal
 from safesteer.vectors import FitSettings, VectorBank
 from safesteer.vectors import fit as fit_directions
@@ -45,7 +46,7 @@ BATCH_TOKENS = 2048
 
 
 @torch.inference_mode()
-def _next_token(loaded: LoadedModel, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
+def next_token(loaded: LoadedModel, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
     """Log probabilities of the token after each prompt, fp32 `[prompts, vocabulary]`."""
     known = inspect.signature(loaded.model.forward).parameters
     ids, mask = pad(prompts, loaded.pad_id, "left")
@@ -62,6 +63,9 @@ def _divergence(plain: torch.Tensor, steered: torch.Tensor) -> list[float]:
     return values
 
 
+Steering = tuple[VectorBank, Sequence[Policy]]  # a bank, and a policy of it for each prompt
+
+
 def divergences(
     loaded: LoadedModel,
     bank: VectorBank,
@@ -72,18 +76,36 @@ def divergences(
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[float]:
     """KL of the next-token distribution at the end of each prompt, unsteered against steered by `policies`, in nats."""
+    return divergences_of(loaded, prompts, [(bank, policies)], force=force, progress=progress)[0]
+
+
+@torch.inference_mode()
+def divergences_of(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    steerings: Sequence[Steering],
+    *,
+    force: bool = False,
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[list[float]]:
+    """`divergences` of several steerings of the same prompts, a list for each; the unsteered model is read once for all.
+
+    `progress` is called with the number of prompts just read under one steering.
+    """
     encoded = [encode(loaded.tokenizer, prompt) for prompt in prompts]
-    values = [0.0] * len(encoded)
-    steerer = Steerer(loaded, bank, force=force)
+    values = [[0.0] * len(encoded) for _ in steerings]
+    steerers = {id(bank): Steerer(loaded, bank, force=force) for bank, _ in steerings}
     for batch in batches_by_length(encoded, BATCH_TOKENS):
         rows = [encoded[index] for index in batch]
-        plain = _next_token(loaded, rows)
-        steerer.assign([policies[index] for index in batch])
-        with steerer:
-            steered = _next_token(loaded, rows)
-        for index, value in zip(batch, _divergence(plain, steered), strict=True):
-            values[index] = value
-        progress(len(batch))
+        plain = next_token(loaded, rows)
+        for found, (bank, policies) in zip(values, steerings, strict=True):
+            steerer = steerers[id(bank)]
+            steerer.assign([policies[index] for index in batch])
+            with steerer:
+                steered = next_token(loaded, rows)
+            for index, value in zip(batch, _divergence(plain, steered), strict=True):
+                found[index] = value
+            progress(len(batch))
     return values
 
 
@@ -111,7 +133,7 @@ def calibrated(
         key=lambda pair: len(pair[1]),
     )
     batches = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
-    plain = [_next_token(loaded, [one for _, one in batch]) for batch in batches]
+    plain = [next_token(loaded, [one for _, one in batch]) for batch in batches]
     progress(len(pairs))
 
     def effect(total: float) -> float:
@@ -120,7 +142,7 @@ def calibrated(
         for before, batch in zip(plain, batches, strict=True):
             policies = [Policy.of({name: 1.0}, tokens=bank.tokens) for name, _ in batch]
             with Steerer(loaded, scaled(bank, total), policies):
-                found += _divergence(before, _next_token(loaded, [one for _, one in batch]))
+                found += _divergence(before, next_token(loaded, [one for _, one in batch]))
         progress(len(pairs))
         mean = sum(found) / len(found)
         return mean if math.isfinite(mean) else math.inf
@@ -156,12 +178,7 @@ def _next_dose(tried: Sequence[tuple[float, float]], target: float) -> float:
 def chosen_prompts(sets: Mapping[str, PromptSet], count: int = PROMPTS) -> dict[str, list[str]]:
     """About `count` prompts, evenly from every category and spread over its subtopics; at least two of each."""
     each = max(2, count // max(1, len(sets)))
-    found = {}
-    for name, prompts in sets.items():
-        texts = [prompt.text for prompt in prompts]
-        take = min(each, len(texts))
-        found[name] = [texts[index * len(texts) // take] for index in range(take)]
-    return found
+    return {name: evenly(prompts.texts, each) for name, prompts in sets.items()}
 
 
 def fit(

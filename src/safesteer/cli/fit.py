@@ -123,11 +123,12 @@ def fit(
     settings = _settings(
         recipe, method, site, layers, position, harmless, multiplier, dose, shrinkage, gate, false_alarm, neurons
     )
-    refused = _choice(refusal, ("keep", "remove"), "--refusal")
-    own = read_prompt_files(prompts or [], category)
-    loaded = options.load(model, dtype, device, device_map, revision, trust_remote_code, load_4bit, load_8bit)
+    from safesteer.calibration import Refusal
     from safesteer.calibration import fit as fit_bank
 
+    refused = _choice(refusal, get_args(Refusal), "--refusal")
+    own = read_prompt_files(prompts or [], category)
+    loaded = options.load(model, dtype, device, device_map, revision, trust_remote_code, load_4bit, load_8bit)
     began = time.perf_counter()
     with progress_bar("Reading prompts") as update:
         bank = fit_bank(loaded, category, own, settings, refusal=refused, progress=update)

@@ -1,7 +1,6 @@
 """Measures of a response that need no judge.
 
 perplexity  exp( - 1/T  sum_t log p(y_t | x, y_<t) )   under the unsteered model, y being the response's tokens
-divergence  KL( p_unsteered(. | x) || p_steered(. | x) )   of the first response token, in nats
 bleu        corpus BLEU of one pair, smoothed (sacrebleu `sentence_bleu`, effective order), 0 to 100
 rouge_l     F1 of the longest common subsequence (rouge-score `rougeL` with stemming), 0 to 1
 repetition  share of words in a 4-word run seen before (`judges.detectors.repetition`)

@@ -217,12 +217,11 @@ def gate_views(
 
 def parts_of(gate: Gate, views: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Parts:
     """What `Gate.conclude` joins into the risk of a prompt, from the same `views`."""
-    ends = torch.stack([end for end, _ in views]).transpose(0, 1).flatten()
-    scores = torch.stack([score for _, score in views]).sum(dim=0) + gate.token_bias
+    risk_and_topics, scores = gate.project(views)
     size = min(WINDOW, len(scores))
     means = scores.unfold(0, size, 1).mean(dim=-1)
     begin = int(means.argmax())
-    both = torch.stack([gate.weights[0] @ ends + gate.biases[0], means[begin]])
+    both = torch.stack([risk_and_topics[0], means[begin]])
     z = (both - gate.calm[:, 0]) / gate.calm[:, 1]
     shares = torch.softmax(z, dim=0).tolist()
     return Parts(float(z[0]), float(z[1]), shares[0], shares[1], begin, begin + size - 1)

@@ -23,13 +23,13 @@ from safesteer.errors import SafeSteerError
 from safesteer.evaluation.measures import perplexities
 from safesteer.evaluation.results import Interval
 from safesteer.evaluation.statistics import paired_rates
-from safesteer.explain.neurons import pairs_of
+from safesteer.explain.neurons import PairReading, read_pairs
 from safesteer.judges.base import OUTCOMES, Exchange, Judge, Outcome
-from safesteer.models import LoadedModel, encode
+from safesteer.models import LoadedModel
 from safesteer.policy import CategoryPolicy, Policy
 from safesteer.prompts import PromptSet, harmless_pool
 from safesteer.vectors import VectorBank
-from safesteer.vectors.neurons import RiskNeurons, most_selective, neuron_activations
+from safesteer.vectors.neurons import RiskNeurons, most_selective
 
 Condition = Literal["unsteered", "selective", "random"]
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
@@ -100,27 +100,34 @@ def suppress(
     seed: int = 0,
     max_new_tokens: int = 48,
     force: bool = False,
+    readings: Mapping[str, PairReading] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> CausalCheck:
     """Answer `prompts` (by category of the bank) unsteered, with `top` selective neurons held, and with random ones.
 
     Neurons are chosen in at most `most` pairs a category of `pairs` (default: the fit split of the built-in categories), which
-    should not be the prompts asked. `progress` is called with the number of answers just given, three a prompt. Raises
-    `UnsupportedModelError` for a model whose neurons cannot be read one by one, `SafeSteerError` for no prompts, for categories
-    without pairs, and for a `top` that leaves too few other neurons in a layer.
+    should not be the prompts asked; `readings`: what `read_pairs` gave for them already. `progress` is called with the number of
+    answers just given, three a prompt. Raises `UnsupportedModelError` for a model whose neurons cannot be read one by one,
+    `SafeSteerError` for no prompts, for categories without pairs, and for a `top` that leaves too few other neurons in a layer.
     """
     asked = [(bank.categories[bank.index(name)], text) for name, texts in prompts.items() for text in texts]
     if not asked:
         raise SafeSteerError("there are no prompts to answer; give some by category")
     names = list(dict.fromkeys(name for name, _ in asked))
-    banks = _banks(loaded, bank, pairs_of(bank, pairs, most), names, top, seed)
+    read = read_pairs(loaded, bank, pairs, most) if readings is None else readings
+    banks = _banks(bank, read, names, top, seed)
     policies = {name: Policy(name="neurons", categories={name: _HELD}) for name in names}
     settings = GenerationSettings(max_new_tokens)
     answers: dict[Condition, tuple[str, ...]] = {}
-    for condition in CONDITIONS:
-        requests = [Request(text, policies[name] if condition in banks else None) for name, text in asked]
-        said = generate(loaded, banks.get(condition), requests, settings, force=force, progress=progress)
-        answers[condition] = tuple(one.text for one in said)
+    ordinary = harmless_pool().split("tune").texts[: max(ORDINARY, len(policies))]
+    plain = [Request(text) for _, text in asked] + [Request(text) for text in ordinary]
+    said = [one.text for one in generate(loaded, None, plain, settings)]
+    progress(len(asked))
+    answers["unsteered"], harmless = tuple(said[: len(asked)]), said[len(asked) :]
+    for condition, one in banks.items():
+        requests = [Request(text, policies[name]) for name, text in asked]
+        steered = generate(loaded, one, requests, settings, force=force, progress=progress)
+        answers[condition] = tuple(one.text for one in steered)
     exchanges = [
         Exchange(text, answer, name)
         for condition in CONDITIONS
@@ -137,7 +144,7 @@ def suppress(
         if one is not None and other is not None
     ]
     change = paired_rates([one for one, _ in both], [other for _, other in both]) if both else None
-    perplexity = _ordinary(loaded, banks, policies, settings, force)
+    perplexity = _ordinary(loaded, banks, policies, ordinary, harmless, force)
     return CausalCheck(top, judge.name, tuple(asked), answers, outcomes, change, perplexity)
 
 
@@ -145,16 +152,15 @@ _HELD = CategoryPolicy(strength=1.0, gate="always", site="neurons")
 
 
 def _banks(
-    loaded: LoadedModel,
     bank: VectorBank,
-    pairs: Mapping[str, list[tuple[str, str]]],
+    read: Mapping[str, PairReading],
     names: Sequence[str],
     top: int,
     seed: int,
 ) -> dict[Condition, VectorBank]:
     """The bank with selective, and with random, neurons for the categories `names`."""
     generator = torch.Generator().manual_seed(seed)
-    absent = [name for name in names if name not in pairs]
+    absent = [name for name in names if name not in read]
     if absent:
         raise SafeSteerError(
             f"there are no pairs to choose the neurons of {', '.join(absent)} in; give some with `pairs`"
@@ -168,9 +174,7 @@ def _banks(
     # rows of categories that no prompt is of stay empty: no policy acts on them
     selective, others = empty, RiskNeurons(**{name: one.clone() for name, one in vars(empty).items()})
     for name in names:
-        texts = [harmful for harmful, _ in pairs[name]] + [matched for _, matched in pairs[name]]
-        values = neuron_activations(loaded, [encode(loaded.tokenizer, text) for text in texts])
-        size, row = len(pairs[name]), bank.index(name)
+        values, size, row = read[name].values, len(read[name].pairs), bank.index(name)
         layers, indices, targets, apart = most_selective([v[:size] for v in values], [v[size:] for v in values], top)
         if len(layers) < top:
             raise SafeSteerError(f"the model has {len(layers)} neurons, so {top} of them cannot be held; hold fewer")
@@ -213,12 +217,11 @@ def _ordinary(
     loaded: LoadedModel,
     banks: Mapping[Condition, VectorBank],
     policies: Mapping[str, Policy],
-    settings: GenerationSettings,
+    texts: Sequence[str],
+    said: Sequence[str],
     force: bool,
 ) -> dict[Condition, float | None]:
-    """Perplexity of the unsteered model's answers to harmless prompts under each condition; the categories take turns."""
-    texts = harmless_pool().split("tune").texts[: max(ORDINARY, len(policies))]
-    said = [one.text for one in generate(loaded, None, [Request(text) for text in texts], settings)]
+    """Perplexity of the unsteered answers `said` to harmless `texts` under each condition; the categories take turns."""
     found: dict[Condition, float | None] = {"unsteered": _mean(perplexities(loaded, texts, said))}
     for condition, bank in banks.items():
         values: list[float | None] = []

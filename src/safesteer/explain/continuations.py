@@ -136,7 +136,7 @@ def _log_probabilities(
 ) -> torch.Tensor:
     """Log probabilities in each place of an answer, as in generation under `plan`: fp32 `[tokens, vocabulary]` on the CPU."""
     sequence = torch.tensor([[*ids, *answer]], device=loaded.device)
-    hooks = Hooks(loaded.layout, bank.site)
+    hooks = Hooks(loaded.layout, bank.site, neurons=bank.neurons is not None)
     keywords: dict[str, Any] = {"attention_mask": torch.ones_like(sequence), "use_cache": False}
     if "logits_to_keep" in inspect.signature(loaded.model.forward).parameters:
         keywords["logits_to_keep"] = len(answer) + 1  # spares the vocabulary times a long prompt

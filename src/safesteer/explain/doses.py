@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from safesteer.calibration import divergences
+from safesteer.calibration import divergences_of
 from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.measures import perplexities
@@ -137,34 +137,35 @@ def dose_response(
         raise SafeSteerError("there are no harmless prompts to read the divergence on; give at least one")
     if not strengths or min(strengths) < 0:
         raise SafeSteerError("the strengths of a dose-response curve must be 0 or more; give at least one")
-    control = randomised(bank, seed)
-    texts = [text for _, text in asked]
-    doses = []
-    for strength in sorted({min(float(one), bank.strength_ceiling) for one in strengths}):
-        policies = [Policy.of({name: strength}, tokens=bank.tokens) for name, _ in asked]
-        requests = [Request(text, policy) for text, policy in zip(texts, policies, strict=True)]
-        said = generate(loaded, bank, requests, GenerationSettings(max_new_tokens), force=force, progress=progress)
-        answers = [one.text for one in said]
-        judged = [
-            one.outcome
-            for one in judge.judge(
-                [Exchange(text, answer, n) for (n, text), answer in zip(asked, answers, strict=True)]
-            )
-        ]
-        counts = Counter(judged)
-        gated = [_default(bank, strength)] * len(harmless)
-        doses.append(
+    control, texts = randomised(bank, seed), [text for _, text in asked]
+    doses = sorted({min(float(one), bank.strength_ceiling) for one in strengths})
+    policies = [[Policy.of({name: strength}, tokens=bank.tokens) for name, _ in asked] for strength in doses]
+    # All strengths in one go: rows of a batch carry policies of their own.
+    rows = [(name, text, policy) for own in policies for (name, text), policy in zip(asked, own, strict=True)]
+    requests = [Request(text, policy) for _, text, policy in rows]
+    said = generate(loaded, bank, requests, GenerationSettings(max_new_tokens), force=force, progress=progress)
+    answers = [one.text for one in said]
+    judged = judge.judge([Exchange(text, answer, n) for (n, text, _), answer in zip(rows, answers, strict=True)])
+    strangeness = perplexities(loaded, texts * len(doses), answers)
+    on_harmful = divergences_of(loaded, texts, [(one, own) for one in (bank, control) for own in policies], force=force)
+    gated = [[_default(bank, strength)] * len(harmless) for strength in doses]
+    on_harmless = divergences_of(loaded, harmless, [(bank, own) for own in gated], force=force)
+    found = []
+    for slot, strength in enumerate(doses):
+        own = slice(slot * len(asked), (slot + 1) * len(asked))
+        counts = Counter(one.outcome for one in judged[own])
+        found.append(
             Dose(
                 strength,
                 {name: counts[name] for name in OUTCOMES},
                 counts[None],
-                _quartiles(perplexities(loaded, texts, answers)),
-                bootstrap(divergences(loaded, bank, texts, policies, force=force)),
-                bootstrap(divergences(loaded, control, texts, policies, force=force)),
-                bootstrap(divergences(loaded, bank, harmless, gated, force=force)),
+                _quartiles(strangeness[own]),
+                bootstrap(on_harmful[slot]),
+                bootstrap(on_harmful[len(doses) + slot]),
+                bootstrap(on_harmless[slot]),
             )
         )
-    return DoseResponse(judge.name, len(asked), len(harmless), tuple(doses), _note(bank))
+    return DoseResponse(judge.name, len(asked), len(harmless), tuple(found), _note(bank))
 
 
 def by_layer(
@@ -181,13 +182,16 @@ def by_layer(
     `progress` is called with the number of prompts just read, twice (directions and random ones) a block and prompt.
     """
     asked = _asked(bank, prompts)
-    texts, control = [text for _, text in asked], randomised(bank, seed)
+    texts, banks = [text for _, text in asked], (bank, randomised(bank, seed))
+    steerings = [
+        (one, [Policy.of({name: 1.0}, layers=(layer,), tokens=bank.tokens) for name, _ in asked])
+        for layer in bank.layers
+        for one in banks
+    ]
+    values = divergences_of(loaded, texts, steerings, force=force, progress=progress)
     layers = []
-    for layer in bank.layers:
-        policies = [Policy.of({name: 1.0}, layers=(layer,), tokens=bank.tokens) for name, _ in asked]
-        found, random = (
-            divergences(loaded, one, texts, policies, force=force, progress=progress) for one in (bank, control)
-        )
+    for slot, layer in enumerate(bank.layers):
+        found, random = values[2 * slot], values[2 * slot + 1]
         by_category: dict[str, list[float]] = {}
         for (name, _), value in zip(asked, found, strict=True):
             by_category.setdefault(name, []).append(value)
@@ -197,7 +201,7 @@ def by_layer(
                 any(layer in bank.acting_layers(name) for name in by_category),
                 bootstrap(found),
                 bootstrap(random),
-                {name: sum(values) / len(values) for name, values in by_category.items()},
+                {name: sum(own) / len(own) for name, own in by_category.items()},
             )
         )
     return LayerEffects(len(asked), tuple(layers), _note(bank))

@@ -29,6 +29,7 @@ from safesteer.models import EncodedPrompt, LoadedModel, encode
 from safesteer.models.layout import hidden_of
 from safesteer.policy import Plan, Policy, plan
 from safesteer.prompts import PromptSet, builtin, builtin_categories, harmless_pool
+from safesteer.prompts.sets import evenly
 from safesteer.vectors import VectorBank
 from safesteer.vectors.directions import clip_massive, mean_difference
 from safesteer.vectors.gate import auroc
@@ -165,22 +166,16 @@ def _material_rows(
     pair = 0
     for name, own in prompts.items():
         category = bank.categories[bank.index(name)]
-        for index, prompt in enumerate(_spread(own, most)):
+        for index, prompt in enumerate(evenly(own.prompts, most)):
             # A prompt without a subtopic is a group of its own, as in `fit`.
             group = f"{category}/{prompt.subtopic or index}"
             rows.append(Shown(prompt.text, "harmful", category, group, pair))
             if prompt.matched is not None:
                 rows.append(Shown(prompt.matched, "matched", category, group, pair))
             pair += 1
-    for index, prompt in enumerate(_spread(harmless_pool().split("fit") if pool is None else pool, 2 * most)):
+    for index, prompt in enumerate(evenly((harmless_pool().split("fit") if pool is None else pool).prompts, 2 * most)):
         rows.append(Shown(prompt.text, "pool", None, f"pool/{prompt.subtopic or index}", pair + index))
     return rows
-
-
-def _spread(prompts: PromptSet, most: int) -> list[Any]:
-    """At most `most` prompts, evenly spread, so that every subtopic is there."""
-    count = min(most, len(prompts))
-    return [prompts.prompts[index * len(prompts) // count] for index in range(count)]
 
 
 @torch.inference_mode()

@@ -32,7 +32,8 @@ from typing import Any, Literal
 import torch
 from torch.func import functional_call, jvp
 
-from safesteer.activations import batches_by_length, pad
+from safesteer.activations import batches_by_length
+from safesteer.calibration import BATCH_TOKENS, next_token
 from safesteer.engines import Steerer
 from safesteer.errors import SafeSteerError, UnsupportedModelError
 from safesteer.models import Conversation, LoadedModel, encode
@@ -47,7 +48,6 @@ TYPICAL = 16  # harmless prompts whose final states stand for all
 CONTROLS = 20  # random directions beside a direct lens, which cost one product with the unembedding each
 STEERED_CONTROLS = 3  # random directions beside a lens by steering, which cost a pass over the prompts each
 LEAST = 1e-4  # mean probability under which a token is too rare at the prompts' ends for a lens by steering
-BATCH_TOKENS = 2048
 ROWS = 8192  # of the unembedding at once in fp32, so that a large one is not copied whole
 ALIKE = 0.95  # correlation with the model's own logits, under which the final norm found is not the one it uses
 
@@ -179,13 +179,12 @@ def by_steering(
     likely: list[torch.Tensor | float] = [0.0] * len(banks)
     unsteered: torch.Tensor | float = 0.0
     for batch in batches_by_length(encoded, BATCH_TOKENS):
-        ids, mask = pad([encoded[index] for index in batch], loaded.pad_id, "left")
-        inputs = {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
-        plain = torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
+        rows = [encoded[index] for index in batch]
+        plain = next_token(loaded, rows)
         unsteered = unsteered + plain.exp().sum(dim=0).cpu()
         for slot, one in enumerate(banks):
             with Steerer(loaded, one, policy, force=force):
-                steered = torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
+                steered = next_token(loaded, rows)
             sums[slot] = sums[slot] + (steered - plain).sum(dim=0).cpu()
             likely[slot] = likely[slot] + steered.exp().sum(dim=0).cpu()
     effects = torch.stack([torch.as_tensor(total) / len(encoded) for total in sums])

@@ -29,17 +29,32 @@ from safesteer.models.layout import written
 from safesteer.prompts import PromptSet, builtin, builtin_categories, harmless_pool
 from safesteer.vectors import VectorBank
 from safesteer.vectors.gate import auroc
-from safesteer.vectors.neurons import ERROR, SWAPS, neuron_activations, paired_t, separation, swapped_maxima
+from safesteer.vectors.neurons import ERROR, SWAPS, neuron_activations, paired_t, separation, swapped_maxima, swapped_t
 
 PLAIN = 0.001  # two-sided p of one neuron alone, for the number of neurons a layer
 EXCITING = 3  # prompts shown a neuron
 READ = 5  # neurons a category whose words are read through the unembedding
 WORDS = 8
 TYPICAL = 4  # harmless prompts whose final states the words are read at; each is read again for every neuron
-CHUNK = 20  # swaps at once
 FEWEST = 6  # pairs: with fewer, more than 5% of all swaps leave every pair as it is or swap them all
 
 Pairs = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class PairReading:
+    """The pairs of a category and what every neuron does at their last tokens.
+
+    `values`: fp16 `[2 pairs, neurons]`, one a layer; the harmful prompts stand first, their counterparts after them.
+    """
+
+    pairs: Pairs
+    values: list[torch.Tensor]
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts in the order of `values`."""
+        return [harmful for harmful, _ in self.pairs] + [matched for _, matched in self.pairs]
 
 
 @dataclass(frozen=True)
@@ -133,11 +148,13 @@ def find(
     swaps: int = SWAPS,
     seed: int = 0,
     force: bool = False,
+    readings: Mapping[str, PairReading] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> NeuronView:
     """The `count` most specific neurons of each category, from at most `most` pairs of a prompt and its counterpart.
 
-    `prompts` by category of the bank, default: the fit split of its built-in categories. `progress` is called with the number of
+    `prompts` by category of the bank, default: the fit split of its built-in categories; `readings`: what `read_pairs` gave for
+    them already. `progress` is called with the number of
     prompts just read, two a pair. A model whose neurons cannot be told apart gives no categories and a note. Raises
     `SafeSteerError` for a category with fewer than two pairs, and for a bank of another model (unless `force`).
     """
@@ -145,10 +162,10 @@ def find(
     why = unreadable(loaded)
     if why:
         return NeuronView(0, loaded.layout.depth, {}, why)
-    pairs = pairs_of(bank, prompts, most)
-    measured = {name: _measure(loaded, some, count, swaps, seed, progress) for name, some in pairs.items()}
+    read = read_pairs(loaded, bank, prompts, most, progress=progress) if readings is None else readings
+    measured = {name: _measure(some, count, swaps, seed) for name, some in read.items()}
     total = torch.stack([one.separation for one in measured.values()]).sum(dim=0)
-    few = [name for name, some in pairs.items() if len(some) < FEWEST]
+    few = [name for name, some in read.items() if len(some.pairs) < FEWEST]
     notes = [f"{', '.join(few)}: no neuron can survive the swaps of fewer than {FEWEST} pairs"] if few else []
     try:
         ending = Ending(loaded, harmless_pool().texts[:TYPICAL])
@@ -190,6 +207,26 @@ def pairs_of(bank: VectorBank, prompts: Mapping[str, PromptSet] | None, most: in
     return found
 
 
+def read_pairs(
+    loaded: LoadedModel,
+    bank: VectorBank,
+    prompts: Mapping[str, PromptSet] | None,
+    most: int,
+    *,
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, PairReading]:
+    """Every neuron at the last tokens of `pairs_of` the same arguments; `progress` as in `find`.
+
+    Raises `UnsupportedModelError` for a model whose neurons cannot be read one by one.
+    """
+    found = {}
+    for name, some in pairs_of(bank, prompts, most).items():
+        one = PairReading(some, [])
+        encoded = [encode(loaded.tokenizer, text) for text in one.texts]
+        found[name] = replace(one, values=neuron_activations(loaded, encoded, progress=progress))
+    return found
+
+
 def alone(pairs: int, p: float = PLAIN) -> float:
     """The |t| that one neuron passes by chance with probability `p`, two-sided: Student's quantile for `pairs` - 1 degrees."""
     # with t = sqrt(n - 1) tan(angle) the density is cos(angle)^(n - 2), so that the tail needs no special function
@@ -198,21 +235,8 @@ def alone(pairs: int, p: float = PLAIN) -> float:
     return math.sqrt(pairs - 1) * math.tan(float(angle[int(torch.searchsorted(mass, (1 - p) * float(mass[-1])))]))
 
 
-def _swapped(differences: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-    """|t| `[swaps, neurons]` of `differences` `[pairs, neurons]` whose signs change by `signs` `[swaps, pairs]`."""
-    parts = [
-        paired_t((differences.unsqueeze(1) * signs[start : start + CHUNK].T.unsqueeze(2)).flatten(1))
-        for start in range(0, len(signs), CHUNK)
-    ]
-    return torch.cat(parts).abs().view(len(signs), differences.shape[1])
-
-
-def _measure(
-    loaded: LoadedModel, pairs: Pairs, least: int, swaps: int, seed: int, progress: Callable[[int], None]
-) -> _Measured:
-    size = len(pairs)
-    texts = [harmful for harmful, _ in pairs] + [matched for _, matched in pairs]
-    values = neuron_activations(loaded, [encode(loaded.tokenizer, text) for text in texts], progress=progress)
+def _measure(read: PairReading, least: int, swaps: int, seed: int) -> _Measured:
+    size, values = len(read.pairs), read.values
     sizes = [one.shape[1] for one in values]
     differences = [one[:size].float() - one[size:].float() for one in values]
     maxima = swapped_maxima(differences, swaps, seed)
@@ -221,7 +245,7 @@ def _measure(
     signs = torch.randint(0, 2, (swaps, size), generator=torch.Generator().manual_seed(seed + 1)).float() * 2 - 1
     passed, by_layer = torch.zeros(swaps, dtype=torch.long), []
     for one in differences:
-        t = _swapped(one, signs)
+        t = swapped_t(one, signs).abs()
         passed += (t > edge).sum(dim=1)
         alike = (t > plain).sum(dim=1)
         by_layer.append((float(alike.float().mean()), int(alike.min()), int(alike.max())))
@@ -241,7 +265,7 @@ def _measure(
     )
     activations = torch.stack([values[layer][:, index] for layer, index in places], dim=1).float()
     apart = torch.cat([separation(one[:size], one[size:]) for one in values])
-    return _Measured(found, texts, sizes, maxima, apart, candidates, t[candidates], activations)
+    return _Measured(found, read.texts, sizes, maxima, apart, candidates, t[candidates], activations)
 
 
 def _place(number: int, sizes: Sequence[int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safesteer.errors import SafeSteerError
-from safesteer.prompts import Prompt, PromptSet, builtin, builtin_categories
+from safesteer.prompts import PromptSet, builtin, builtin_categories
 from safesteer.vectors import VectorBank
 
 
@@ -51,9 +51,3 @@ def sources(bank: VectorBank, categories: Sequence[str] | None = None, prompts: 
             same.append(name)
     note = f"{', '.join(same)}: no prompts of the tune split, so those it was fitted on were asked" if same else ""
     return Sources(read, asked, note)
-
-
-def spread(prompts: PromptSet, most: int) -> tuple[Prompt, ...]:
-    """At most `most` prompts, evenly spread over the set."""
-    count = min(most, len(prompts))
-    return tuple(prompts.prompts[index * len(prompts) // count] for index in range(count))

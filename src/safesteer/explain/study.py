@@ -28,11 +28,12 @@ from safesteer.explain.doses import DoseResponse, LayerEffects
 from safesteer.explain.geometry import CosineMap, Material, Projection, Separation
 from safesteer.explain.lens import Lens
 from safesteer.explain.neurons import NeuronView
-from safesteer.explain.sources import Sources, spread
+from safesteer.explain.sources import Sources
 from safesteer.judges.base import Judge
 from safesteer.models import LoadedModel
 from safesteer.models.layout import written
 from safesteer.prompts import PromptSet, harmless_pool
+from safesteer.prompts.sets import evenly
 from safesteer.vectors import VectorBank
 from safesteer.vectors.controls import randomised
 
@@ -224,6 +225,7 @@ class _Work:
         self.nothing: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
+        self.pairs_read: dict[str, selective.PairReading] | None = None
 
     def run(self, stage: Stage) -> None:
         """One stage, or the reason why there is none."""
@@ -253,7 +255,7 @@ class _Work:
         every = list(self.found.asked if names is None else names)
         chosen = [every[index * len(every) // total] for index in range(total)] if total < len(every) else every
         count = -(-total // len(chosen))
-        return {name: [one.text for one in spread(self.found.asked[name], count)] for name in chosen}
+        return {name: [one.text for one in evenly(self.found.asked[name].prompts, count)] for name in chosen}
 
     def _paired(self, note: str) -> dict[str, PromptSet]:
         """Categories with two pairs or more; the others are named in `left_out` under `note`."""
@@ -347,7 +349,6 @@ class _Work:
         pairs = self._paired("neurons of some categories")
         if not pairs:
             raise SafeSteerError("no category has harmless counterparts, so there is nothing to tell neurons by")
-        count = sum(2 * min(self.settings.most, len(own)) for own in pairs.values())
         self.done["neurons"] = selective.find(
             self.loaded,
             self.bank,
@@ -356,8 +357,16 @@ class _Work:
             count=NAMED,
             seed=self.settings.seed,
             force=self.force,
-            progress=self._counting("Finding neurons", count),
+            readings=None if selective.unreadable(self.loaded) else self._read_pairs(pairs),
         )
+
+    def _read_pairs(self, pairs: Mapping[str, PromptSet]) -> dict[str, selective.PairReading]:
+        """Every neuron at these pairs, read once for all stages that ask."""
+        if self.pairs_read is None:
+            count = sum(2 * min(self.settings.most, len(own)) for own in pairs.values())
+            more = self._counting("Reading neurons", count)
+            self.pairs_read = selective.read_pairs(self.loaded, self.bank, pairs, self.settings.most, progress=more)
+        return self.pairs_read
 
     def _causal(self) -> None:
         pairs = self._paired("causal check of some categories")
@@ -375,6 +384,7 @@ class _Work:
             seed=self.settings.seed,
             max_new_tokens=self.settings.max_new_tokens,
             force=self.force,
+            readings=self._read_pairs(pairs),
             progress=self._counting("Holding neurons", 3 * sum(map(len, texts.values()))),
         )
 
@@ -387,7 +397,7 @@ class _Work:
             self.bank,
             self.judge,
             texts,
-            [one.text for one in spread(pool, self.settings.harmless)],
+            [one.text for one in evenly(pool.prompts, self.settings.harmless)],
             STRENGTHS,
             max_new_tokens=self.settings.max_new_tokens,
             seed=self.settings.seed,

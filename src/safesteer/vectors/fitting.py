@@ -29,6 +29,7 @@ from safesteer.errors import PromptFileError, SafeSteerError
 from safesteer.models import EncodedPrompt, LoadedModel, Site, encode, fingerprint
 from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
 from safesteer.prompts.forms import in_form
+from safesteer.prompts.sets import evenly
 from safesteer.vectors.bank import VectorBank
 from safesteer.vectors.directions import Method, clip_massive, direction, shrink, towards
 from safesteer.vectors.gate import FALSE_ALARM, Gate, check_false_alarm, fit_gate
@@ -290,8 +291,7 @@ def _lent(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[_Row]:
     rows: list[_Row] = []
     for name in builtin_categories():
         pairs = [prompt for prompt in builtin(name).split("fit") if prompt.matched is not None]
-        for index in range(LENT):
-            prompt = pairs[index * len(pairs) // LENT]
+        for prompt in evenly(pairs, LENT):
             group = f"{name}/{prompt.subtopic}"
             rows += [_Row(prompt.text, "harmful", name, group), _Row(prompt.matched or "", "matched", name, group)]
     return rows
@@ -329,8 +329,7 @@ def _answered(rows: Sequence[_Row], sets: dict[str, PromptSet], chosen: Complete
             continue
         for kind in ("harmful", harmless):
             own = [i for i, row in enumerate(rows) if row.kind == kind and row.category in (name, None)]
-            count = min(len(own), ANSWERED if own and rows[own[0]].category else ANSWERED_POOL)
-            found.update(own[index * len(own) // count] for index in range(count))
+            found.update(evenly(own, ANSWERED if own and rows[own[0]].category else ANSWERED_POOL))
     return sorted(found)
 
 
@@ -360,6 +359,11 @@ def _assemble(
     doses = torch.zeros(len(sets), len(chosen.kept_layers))
     clipped: dict[str, float] = {}
     borrowed = _borrowed(sets, chosen)
+    lent = {
+        (other, slot): _read_direction(lenders, other, "matched", slot, chosen)
+        for other in (builtin_categories() if borrowed else ())
+        for slot in range(len(chosen.kept_layers))
+    }
     for index, (name, prompts) in enumerate(sets.items()):
         harmless = _source(name, prompts, chosen)
         for slot, layer in enumerate(chosen.kept_layers):
@@ -368,8 +372,7 @@ def _assemble(
                 directions[index, slot], share = _read_direction(sources, name, harmless, slot, chosen)
                 shares.append(share)
             if name in borrowed:
-                others = [other for other in builtin_categories() if other != name]
-                found = [_read_direction(lenders, other, "matched", slot, chosen) for other in others]
+                found = [lent[other, slot] for other in builtin_categories() if other != name]
                 common = joined([vector for vector, _ in found])
                 shares += [share for _, share in found]
                 own = directions[index, slot] if borrowed[name] < 1 else common

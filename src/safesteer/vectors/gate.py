@@ -98,11 +98,15 @@ class Gate:
         ends = torch.stack([ending(row[first:end]) for row, (first, end) in zip(centred, spans, strict=True)]).cpu()
         return [(one, row[first:end]) for one, row, (first, end) in zip(ends, scores, spans, strict=True)]
 
-    def conclude(self, views: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int = 0) -> Reading:
-        """The reading of a prompt from its `view` at each layer in turn; `first` is the position of the first token."""
+    def project(self, views: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """a and all t_c, `[1 + categories]`, and s of each token, `[tokens]`, from a prompt's `view` at each layer in turn."""
         ends = torch.stack([end for end, _ in views]).transpose(0, 1).flatten()
         scores = torch.stack([score for _, score in views]).sum(dim=0) + self.token_bias
-        risk_and_topics = self.weights @ ends + self.biases
+        return self.weights @ ends + self.biases, scores
+
+    def conclude(self, views: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int = 0) -> Reading:
+        """The reading of a prompt from its `view` at each layer in turn; `first` is the position of the first token."""
+        risk_and_topics, scores = self.project(views)
         ends_at, passage = float(risk_and_topics[0]), float(strongest(scores))
         risk = float(_join(torch.tensor([[ends_at, passage]]), self.calm)[0])
         if not math.isfinite(risk):

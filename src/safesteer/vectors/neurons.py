@@ -130,9 +130,14 @@ def swapped_maxima(differences: Sequence[torch.Tensor], swaps: int = SWAPS, seed
     signs = torch.randint(0, 2, (swaps, count), generator=generator).float() * 2 - 1
     largest = torch.zeros(swaps)
     for one in differences:
-        mean_square = one.square().mean(dim=0)
-        largest = torch.maximum(largest, _t(signs @ one / count, mean_square, count).abs().max(dim=1).values)
+        largest = torch.maximum(largest, swapped_t(one, signs).abs().max(dim=1).values)
     return largest
+
+
+def swapped_t(differences: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """t `[swaps, neurons]` of `differences` `[pairs, neurons]` whose signs change by `signs` `[swaps, pairs]`."""
+    count = differences.shape[0]
+    return _t(signs @ differences / count, differences.square().mean(dim=0), count)
 
 
 def most_selective(
