@@ -6,8 +6,9 @@ import pytest
 
 import safesteer
 from safesteer import calibration
-from safesteer.calibration import calibrated, chosen_prompts, divergences, scaled
+from safesteer.calibration import calibrated, chosen_prompts, scaled
 from safesteer.models import LoadedModel
+from safesteer.next_token import divergences
 from safesteer.policy import Policy
 from safesteer.vectors import FitSettings
 from tests.tiny import bank_for, make, prompts

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from safesteer import engines
-from safesteer.calibration import divergences
 from safesteer.engines import GenerationSettings, Request
 from safesteer.errors import PolicyError, SafeSteerError
 from safesteer.evaluation import responding
@@ -28,6 +27,7 @@ from safesteer.evaluation.suites import Suite, SuiteRow
 from safesteer.evaluation.summary import dose_response, records, selectivity
 from safesteer.judges import Exchange, Judgement, failed
 from safesteer.models import LoadedModel
+from safesteer.next_token import divergences
 from safesteer.policy import Policy
 from safesteer.vectors import VectorBank
 from tests.tiny import bank_for

@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from safesteer.calibration import divergences
 from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.measures import perplexities
 from safesteer.explain.doses import by_layer, dose_response
 from safesteer.judges.base import Exchange, Judgement
 from safesteer.models import LoadedModel
+from safesteer.next_token import divergences
 from safesteer.policy import Policy
 from safesteer.vectors import VectorBank
 from tests.test_explain_attribution import gated

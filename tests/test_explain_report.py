@@ -31,6 +31,7 @@ from safesteer.explain.study import STAGES, Study, StudySettings, explain_bank
 from safesteer.judges.base import Exchange, Judgement
 from safesteer.prompts import Prompt, PromptSet, harmless_pool
 from safesteer.prompts.sets import evenly
+from safesteer.refusal import RefusalDirection
 from safesteer.vectors.controls import randomised
 from tests import tiny
 from tests.test_explain_attribution import gated
@@ -81,9 +82,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     stages: list[str] = []
     settings = StudySettings(most=6, worded=2, answered=2, placed=1, harmless=4, max_new_tokens=4)
     found = sources(bank, ["breaking"], prompts())
-    study = explain_bank(
-        loaded, bank, Stub(), found, settings, progress=lambda stage, done, total: stages.append(stage)
-    )
+    with pytest.MonkeyPatch.context() as patch:  # a random model declines nothing
+        declining = RefusalDirection(-bank.directions[0], 9, 20)
+        patch.setattr("safesteer.explain.study.refusal_direction", lambda *_, **__: declining)
+        study = explain_bank(
+            loaded, bank, Stub(), found, settings, progress=lambda stage, done, total: stages.append(stage)
+        )
     view = explain_prompt(loaded, bank, ASKED, generate=True, max_new_tokens=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "DOTS", 30)  # for speed; the page has no PNG
@@ -130,8 +134,8 @@ def test_every_stage_ran_and_said_so(made: Made) -> None:
     assert made.study.layers is not None and made.study.layers.prompts == 1
     assert set(made.study.seconds) == set(STAGES)
     assert made.stages == [
-        "Reading prompts", "Separating categories", "Reading tokens", "Reading neurons", "Holding neurons",
-        "Answering at each dose", "Dose by block", "Accounting for readings",
+        "Looking for refusals", "Reading prompts", "Separating categories", "Reading tokens", "Reading neurons",
+        "Holding neurons", "Answering at each dose", "Dose by block", "Accounting for readings",
     ]  # fmt: skip
     assert [one.identifier for one in made.sections] == [
         "bank", "prompt", "categories", "geometry", "tokens", "neurons", "doses", "attribution", "nothing", "limits",
@@ -140,6 +144,16 @@ def test_every_stage_ran_and_said_so(made: Made) -> None:
         "cosines", "cosines_before_shrinkage", "doses_by_layer", "dose_response", "effect_by_layer", "prompt_tokens",
         "nothing_cosines", "nothing_separation", "nothing_lda", "nothing_tokens", "lda_block_2", "pca_block_2",
     }  # fmt: skip
+
+
+def test_the_refusal_direction_stands_among_the_others(made: Made) -> None:
+    found = made.study.cosines
+    assert found.names[:5] == ("breaking", "lying", "shared", "refusal", "random 1")
+    assert found.cosines[3][0] == pytest.approx(-1, abs=1e-5)
+    text = next(one for one in made.sections if one.identifier == "categories").text[-2]
+    assert "from the 20 harmful prompts that the unsteered model answered towards the 9" in text
+    assert "lie between −1.00 (Breaking) and" in text
+    assert made.study.to_json()["refusal"] == {"declined": 9, "answered": 20}
 
 
 def test_the_page_needs_nothing_but_itself(made: Made) -> None:
@@ -474,7 +488,7 @@ def test_json_is_all_that_is_printed(run: Run, place: Path) -> None:
         (["--prompt", " "], "the prompt is empty"),
         (["--prompt", "Hi", "--response", "a", "--generate"], "not both"),
         (["--out", "OUT"], "no prompts ship for it"),
-        (["--out", "OUT", "--without", "colours"], "--without 'colours' is not known; use geometry"),
+        (["--out", "OUT", "--without", "colours"], "--without 'colours' is not known; use refusal, geometry"),
         (["--out", "OUT", "--prompts", "PROMPTS", "--category", "arson"], "arson"),
         (["--out", "OUT", "--prompts", "PROMPTS", "--judge", "nobody"], "nobody"),
         (["--out", "PROMPTS", "--prompts", "PROMPTS"], "is a file; name a folder"),

@@ -13,7 +13,7 @@ from safesteer.activations import collect
 from safesteer.engines import Response
 from safesteer.errors import SafeSteerError
 from safesteer.models import LoadedModel, encode
-from safesteer.refusal import RefusalDirection, refusal_direction, without_refusal
+from safesteer.refusal import RefusalDirection, openings, refusal_direction, steps, without_refusal
 from safesteer.vectors import FitSettings
 from tests.tiny import bank_for, prompts
 
@@ -52,7 +52,7 @@ def test_removing_it_leaves_the_rest_at_equal_length(llama: LoadedModel) -> None
 
 
 def test_a_model_that_declines_nothing_has_none(llama: LoadedModel) -> None:
-    with pytest.raises(SafeSteerError, match="declines 0 of 20"):
+    with pytest.raises(SafeSteerError, match="declines 0 of the 20"):
         refusal_direction(llama, bank_for(llama), TEXTS)
 
 
@@ -66,3 +66,35 @@ def test_fit_removes_it_where_asked(llama: LoadedModel, declining: None, monkeyp
     assert bank.provenance["refusal"]["declined"] == 6
     assert counted[-1][0] == counted[-1][1]
     assert not torch.allclose(bank.directions, safesteer.fit(llama, None, prompts(), settings).directions)
+
+
+def test_those_likeliest_to_be_declined_are_asked(
+    llama: LoadedModel, declining: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token of each prompt's answer is read; only the likeliest openers are asked."""
+    encoded = [encode(llama.tokenizer, text) for text in TEXTS]
+    likely = openings(llama, encoded)
+    ids = [llama.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in refusal.OPENERS]
+    with torch.inference_mode():
+        logits = llama.model(torch.tensor([encoded[3].ids])).logits[0, -1]
+    assert float(likely[3]) == pytest.approx(float(logits.softmax(-1)[list(set(ids))].sum()), rel=1e-4)
+    monkeypatch.setattr(refusal, "LEAST", 6)
+    monkeypatch.setattr(refusal, "FEWEST", 2)
+    counted: list[int] = []
+    refusal_direction(llama, bank_for(llama), TEXTS, progress=counted.append)
+    assert sum(counted) == steps(20) == 20 + 2 * 6
+
+
+def test_a_few_of_many_are_asked(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answers(_loaded: Any, _bank: Any, requests: Any, *_a: Any, **_k: Any) -> list[Response]:
+        asked.extend(request.prompt for request in requests)
+        return [Response("I'm sorry, I can't." if index % 2 else "Yes.", {}, 4, 0.0) for index in range(len(requests))]
+
+    monkeypatch.setattr(refusal, "generate", answers)
+    monkeypatch.setattr(refusal, "LEAST", 4)
+    monkeypatch.setattr(refusal, "FEWEST", 2)
+    likely = openings(llama, [encode(llama.tokenizer, text) for text in TEXTS])
+    refusal_direction(llama, bank_for(llama), TEXTS)
+    assert set(asked) == {TEXTS[index] for index in likely.argsort(descending=True)[:5].tolist()}

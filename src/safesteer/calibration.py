@@ -10,21 +10,18 @@ the quick form of `safesteer tune`: a few forward passes, no text, no judge.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-
-from safesteer.activations import batches_by_length, pad
 from safesteer.engines import Steerer
-from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.models import LoadedModel, encode
+from safesteer.next_token import divergence, next_token
 from safesteer.policy import Policy
 from safesteer.prompts import PromptSet
 from safesteer.prompts.sets import evenly
-from safesteer.refusal import refusal_direction, without_refusal
+from safesteer.refusal import refusal_direction, steps, without_refusal
 from safesteer.vectors import FitSettings, VectorBank
 from safesteer.vectors import fit as fit_directions
 from safesteer.vectors.fitting import harmful_sets
@@ -40,73 +37,8 @@ TRIES = 4
 SLOPE = 1.7  # effect grows about with this power of the dose
 PROMPTS = 24
 BATCH = 32
-ASKED = 240  # prompts of which it is seen whether the model declines them
+ASKED = 480  # prompts among which those are looked for that the model declines
 STEP = 0.01  # doses are rounded to it: the effect is not known better
-BATCH_TOKENS = 2048
-
-
-@torch.inference_mode()
-def next_token(loaded: LoadedModel, prompts: Sequence[EncodedPrompt]) -> torch.Tensor:
-    """Log probabilities of the token after each prompt, fp32 `[prompts, vocabulary]`."""
-    known = inspect.signature(loaded.model.forward).parameters
-    ids, mask = pad(prompts, loaded.pad_id, "left")
-    inputs: dict[str, Any] = {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
-    if "position_ids" in known:  # some models do not read positions off the mask, and count padding
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0).to(loaded.device)
-    if "logits_to_keep" in known:
-        inputs["logits_to_keep"] = 1
-    return torch.log_softmax(loaded.model(**inputs).logits[:, -1].float(), dim=-1)
-
-
-def _divergence(plain: torch.Tensor, steered: torch.Tensor) -> list[float]:
-    values: list[float] = (plain.exp() * (plain - steered)).sum(-1).clamp_min(0.0).tolist()
-    return values
-
-
-Steering = tuple[VectorBank, Sequence[Policy]]  # a bank, and a policy of it for each prompt
-
-
-def divergences(
-    loaded: LoadedModel,
-    bank: VectorBank,
-    prompts: Sequence[str],
-    policies: Sequence[Policy],
-    *,
-    force: bool = False,
-    progress: Callable[[int], None] = lambda count: None,
-) -> list[float]:
-    """KL of the next-token distribution at the end of each prompt, unsteered against steered by `policies`, in nats."""
-    return divergences_of(loaded, prompts, [(bank, policies)], force=force, progress=progress)[0]
-
-
-@torch.inference_mode()
-def divergences_of(
-    loaded: LoadedModel,
-    prompts: Sequence[str],
-    steerings: Sequence[Steering],
-    *,
-    force: bool = False,
-    progress: Callable[[int], None] = lambda count: None,
-) -> list[list[float]]:
-    """`divergences` of several steerings of the same prompts, a list for each; the unsteered model is read once for all.
-
-    `progress` is called with the number of prompts just read under one steering.
-    """
-    encoded = [encode(loaded.tokenizer, prompt) for prompt in prompts]
-    values = [[0.0] * len(encoded) for _ in steerings]
-    steerers = {id(bank): Steerer(loaded, bank, force=force) for bank, _ in steerings}
-    for batch in batches_by_length(encoded, BATCH_TOKENS):
-        rows = [encoded[index] for index in batch]
-        plain = next_token(loaded, rows)
-        for found, (bank, policies) in zip(values, steerings, strict=True):
-            steerer = steerers[id(bank)]
-            steerer.assign([policies[index] for index in batch])
-            with steerer:
-                steered = next_token(loaded, rows)
-            for index, value in zip(batch, _divergence(plain, steered), strict=True):
-                found[index] = value
-            progress(len(batch))
-    return values
 
 
 def scaled(bank: VectorBank, total: float) -> VectorBank:
@@ -142,7 +74,7 @@ def calibrated(
         for before, batch in zip(plain, batches, strict=True):
             policies = [Policy.of({name: 1.0}, tokens=bank.tokens) for name, _ in batch]
             with Steerer(loaded, scaled(bank, total), policies):
-                found += _divergence(before, next_token(loaded, [one for _, one in batch]))
+                found += divergence(before, next_token(loaded, [one for _, one in batch]))
         progress(len(pairs))
         mean = sum(found) / len(found)
         return mean if math.isfinite(mean) else math.inf
@@ -202,7 +134,7 @@ def fit(
     free = wanted.dose is None and wanted.multiplier is None and wanted.recipe == "default"
     chosen = chosen_prompts(sets) if free else {}
     harmful = [text for texts in chosen_prompts(sets, ASKED).values() for text in texts] if refusal == "remove" else []
-    extra = (TRIES + 2) * sum(map(len, chosen.values())) + 2 * len(harmful)
+    extra = (TRIES + 2) * sum(map(len, chosen.values())) + (steps(len(harmful)) if harmful else 0)
     done = fitted = 0
 
     def first(count: int, total: int) -> None:

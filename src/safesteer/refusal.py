@@ -6,7 +6,8 @@
 
 Arditi et al. set harmful prompts against harmless ones, which on a model that seldom declines is the harm itself; here both sides
 are harmful and differ in what the model does. A direction w that holds some of r pushes towards or away from declining as well.
-Whether the model declines is read off its words (`judges.detectors.refusal`).
+Whether the model declines is read off its words (`judges.detectors.refusal`). Many models seldom do, so that only those prompts are
+asked, a quarter of all, after which one of OPENERS is likeliest as the first token.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from safesteer.activations import collect
+from safesteer.activations import batches_by_length, collect
 from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.errors import SafeSteerError
 from safesteer.judges.base import HALF
 from safesteer.judges.detectors import refusal
-from safesteer.models import LoadedModel, encode
+from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.next_token import BATCH_TOKENS, next_token
 from safesteer.vectors import VectorBank
 
 TOKENS = 24  # a text that declines says so early
+OPENERS = ("I", "It", "As", "Unfortunately", "Sorry")
+LEAST = 48  # prompts asked, where there are as many
 FEWEST = 8  # prompts on either side
 
 
@@ -46,23 +50,46 @@ def refusal_direction(
 ) -> RefusalDirection:
     """Estimate it from what the unsteered model says to harmful `prompts` (a few hundred: few are declined).
 
-    `progress` counts prompts, twice. Raises `SafeSteerError` if under eight are declined, or under eight answered.
+    `progress` counts prompts, `steps` of them in all. Raises `SafeSteerError` if under eight of those asked are declined, or
+    under eight answered.
     """
-    said = generate(
-        loaded, None, [Request(text) for text in prompts], GenerationSettings(max_new_tokens=TOKENS), progress=progress
-    )
+    encoded = [encode(loaded.tokenizer, text) for text in prompts]
+    likely = openings(loaded, encoded, progress=progress)
+    asked = sorted(likely.argsort(descending=True)[: _asked(len(prompts))].tolist())
+    requests = [Request(prompts[index]) for index in asked]
+    said = generate(loaded, None, requests, GenerationSettings(max_new_tokens=TOKENS), progress=progress)
     declines = torch.tensor([refusal(one.text) >= HALF for one in said])
     declined, answered = int(declines.sum()), int((~declines).sum())
     if min(declined, answered) < FEWEST:
         raise SafeSteerError(
-            f"the model declines {declined} of {len(prompts)} harmful prompts; a refusal direction needs {FEWEST} that it "
-            f"declines and {FEWEST} that it answers: leave out --refusal remove, or give more prompts"
+            f"the model declines {declined} of the {len(asked)} harmful prompts it was asked; a refusal direction needs {FEWEST} "
+            f"that it declines and {FEWEST} that it answers, so there is none to show or to remove; give more prompts"
         )
-    read = collect(
-        loaded, [encode(loaded.tokenizer, text) for text in prompts], bank.layers, (bank.site,), progress=progress
-    )
+    read = collect(loaded, [encoded[index] for index in asked], bank.layers, (bank.site,), progress=progress)
     values = read.values[bank.site, "last"]
     return RefusalDirection(values[:, declines].mean(dim=1) - values[:, ~declines].mean(dim=1), declined, answered)
+
+
+def steps(prompts: int) -> int:
+    """What the progress of `refusal_direction` sums to, for a number of prompts."""
+    return prompts + 2 * _asked(prompts)
+
+
+def _asked(prompts: int) -> int:
+    return min(prompts, max(LEAST, prompts // 4))
+
+
+@torch.inference_mode()
+def openings(
+    loaded: LoadedModel, prompts: Sequence[EncodedPrompt], *, progress: Callable[[int], None] = lambda count: None
+) -> torch.Tensor:
+    """fp32 `[prompts]`: the probability that the answer's first token is one of `OPENERS`."""
+    ids = sorted({loaded.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in OPENERS})
+    found = torch.zeros(len(prompts))
+    for batch in batches_by_length(prompts, BATCH_TOKENS):
+        found[batch] = next_token(loaded, [prompts[index] for index in batch])[:, ids].exp().sum(dim=1).cpu()
+        progress(len(batch))
+    return found
 
 
 def without_refusal(bank: VectorBank, found: RefusalDirection) -> VectorBank:

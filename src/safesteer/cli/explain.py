@@ -70,7 +70,7 @@ def explain(
     answers: Annotated[int, typer.Option(min=1, help="Harmful prompts to answer at each dose, in all.")] = 12,
     without: Annotated[
         list[str] | None,
-        typer.Option("--without", help="geometry, tokens, neurons, causal, doses or attribution. Repeatable."),
+        typer.Option("--without", help="refusal, geometry, tokens, neurons, causal, doses or attribution. Repeatable."),
     ] = None,
     judge: Annotated[str, typer.Option(help="Who judges answers: offline, guard:ID, classifier:ID, ...")] = "offline",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 48,

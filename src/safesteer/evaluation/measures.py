@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from safesteer.activations import batches_by_length, pad
-from safesteer.calibration import BATCH_TOKENS
 from safesteer.errors import SafeSteerError
 from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.next_token import BATCH_TOKENS
 
 
 @torch.inference_mode()

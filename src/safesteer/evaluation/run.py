@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from safesteer.calibration import divergences
 from safesteer.engines import GenerationSettings
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.conditions import Condition, only, scaled
@@ -36,6 +35,7 @@ from safesteer.judges.base import Judge
 from safesteer.judges.detectors import repetition
 from safesteer.judges.relevance import Relevance
 from safesteer.models import LoadedModel, fingerprint
+from safesteer.next_token import divergences
 from safesteer.policy import Policy
 from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
 from safesteer.vectors import VectorBank

@@ -14,8 +14,10 @@ from safesteer.evaluation.report import title as category_title
 from safesteer.explain import figures, messages
 from safesteer.explain.geometry import CosineMap, Projection, Separation
 from safesteer.explain.lens import Lens
+from safesteer.explain.messages import signed
 from safesteer.explain.pieces import Cell, Drawn, Group, Row, Section, Table, file_name
 from safesteer.explain.study import Study, strongest
+from safesteer.refusal import RefusalDirection
 from safesteer.vectors.gate import Gate
 
 SHOWN = 2  # figures of categories that stand open; the others are folded away
@@ -209,6 +211,8 @@ def categories_section(study: Study) -> Section:
     ]
     if len(study.bank.categories) > 1:
         text.append(_clusters(study.cosines))
+    if study.refusal is not None:
+        text.append(_refusal(study.refusal, study.cosines))
     if study.separations:
         clear = [name for name in study.separations if messages.stands_out(study.separations[name])]
         text.append(
@@ -221,7 +225,25 @@ def categories_section(study: Study) -> Section:
         "Categories",
         text,
         [Group(cosines), *(split(drawn, "The other {} categories, block by block") if drawn else [])],
-        left_out(study, "geometry"),
+        left_out(study, "refusal", "geometry"),
+    )
+
+
+def _refusal(read: RefusalDirection, found: CosineMap) -> str:
+    """Whether steering pushes the model towards declining as well, or away from it."""
+    what = (
+        f"The refusal direction points from the {read.answered} harmful prompts that the unsteered model answered towards the "
+        f"{read.declined} that it declined."
+    )
+    if "refusal" not in found.names:
+        return what
+    row = found.cosines[found.names.index("refusal")]
+    own = [(value, name) for value, name, kind in zip(row, found.names, found.kinds, strict=True) if kind == "category"]
+    low, high = min(own), max(own)
+    return (
+        f"{what} The categories' cosines with it lie between {signed(low[0])} ({category_title(low[1])}) and "
+        f"{signed(high[0])} ({category_title(high[1])}): above 0, steering "
+        "pushes towards declining as well; below 0, away from it."
     )
 
 

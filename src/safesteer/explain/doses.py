@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from safesteer.calibration import divergences_of
 from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.measures import perplexities
@@ -28,6 +27,7 @@ from safesteer.evaluation.results import Interval
 from safesteer.evaluation.statistics import bootstrap
 from safesteer.judges.base import OUTCOMES, Exchange, Judge, Outcome
 from safesteer.models import LoadedModel
+from safesteer.next_token import divergences_of
 from safesteer.policy import Policy
 from safesteer.vectors import VectorBank
 from safesteer.vectors.controls import randomised

@@ -33,10 +33,10 @@ import torch
 from torch.func import functional_call, jvp
 
 from safesteer.activations import batches_by_length
-from safesteer.calibration import BATCH_TOKENS, next_token
 from safesteer.engines import Steerer
 from safesteer.errors import SafeSteerError, UnsupportedModelError
 from safesteer.models import Conversation, LoadedModel, encode
+from safesteer.next_token import BATCH_TOKENS, next_token
 from safesteer.policy import Policy
 from safesteer.prompts import harmless_pool
 from safesteer.vectors import VectorBank

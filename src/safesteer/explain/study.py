@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from safesteer.calibration import chosen_prompts
 from safesteer.errors import SafeSteerError
 from safesteer.explain import causal as held
 from safesteer.explain import doses as dosing
@@ -32,12 +33,13 @@ from safesteer.explain.sources import Sources
 from safesteer.judges.base import Judge
 from safesteer.models import LoadedModel
 from safesteer.models.layout import written
-from safesteer.prompts import PromptSet, harmless_pool
+from safesteer.prompts import PromptSet, builtin, builtin_categories, harmless_pool
 from safesteer.prompts.sets import evenly
+from safesteer.refusal import RefusalDirection, refusal_direction, steps
 from safesteer.vectors import VectorBank
 from safesteer.vectors.controls import randomised
 
-Stage = Literal["geometry", "tokens", "neurons", "causal", "doses", "attribution"]
+Stage = Literal["refusal", "geometry", "tokens", "neurons", "causal", "doses", "attribution"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 SLIDES = 6  # blocks whose projections are kept: every picture makes the page longer
@@ -46,6 +48,7 @@ TYPICAL = 4  # harmless prompts whose final states the direct lens is read at
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
 NAMED = 3  # neurons of a category: the words of each are another reading of the model
 WORDS = 10  # at either end of a lens
+REFUSALS = 240  # harmful prompts among which those are looked for that the model declines
 
 Progress = Callable[[str, int, int], None]
 
@@ -125,6 +128,7 @@ class Study:
     words: dict[str, Words] = field(default_factory=dict)
     neurons: NeuronView | None = None
     causal: held.CausalCheck | None = None
+    refusal: RefusalDirection | None = None
     doses: DoseResponse | None = None
     layers: LayerEffects | None = None
     accounts: dict[str, Account] = field(default_factory=dict)
@@ -141,6 +145,7 @@ class Study:
             "settings": {**vars(self.settings), "without": list(self.settings.without)},
             "note": self.sources_note,
             "cosines": self.cosines.to_json(),
+            "refusal": self.refusal and {"declined": self.refusal.declined, "answered": self.refusal.answered},
             "prompts": _plain(self.material),
             "separation": {name: one.to_json() for name, one in self.separations.items()},
             "projections": [one.to_json() for one in self.projections],
@@ -190,6 +195,8 @@ def explain_bank(
     work = _Work(loaded, bank, judge, found, settings or StudySettings(), force, progress)
     for stage in STAGES:
         work.run(stage)
+    refusal: RefusalDirection | None = work.done.get("refusal")
+    extra = {"refusal": refusal.directions} if refusal is not None and "refusal" not in bank.categories else None
     return Study(
         bank=bank,
         model=loaded.name,
@@ -197,7 +204,7 @@ def explain_bank(
         categories=tuple(found.read),
         settings=work.settings,
         sources_note=found.note,
-        cosines=geometry.cosine_map(bank, seed=work.settings.seed),
+        cosines=geometry.cosine_map(bank, extra, seed=work.settings.seed),
         nothing=Nothing(geometry.cosine_map(work.control, seed=work.settings.seed), **work.nothing),
         left_out=work.left_out,
         seconds=work.seconds,
@@ -264,6 +271,13 @@ class _Work:
         if without:
             self.left_out[note] = f"{', '.join(without)}: no harmless counterparts, so nothing to tell neurons by"
         return {name: PromptSet(tuple(own), name) for name, own in pairs.items() if len(own) >= 2}
+
+    def _refusal(self) -> None:
+        # A small bank's own prompts are too few to be declined often enough; what declines is the model, not the category.
+        every = {name: builtin(name).split("fit") for name in builtin_categories()} | self.found.read
+        texts = [text for own in chosen_prompts(every, REFUSALS).values() for text in own]
+        more = self._counting("Looking for refusals", steps(len(texts)))
+        self.done["refusal"] = refusal_direction(self.loaded, self.bank, texts, progress=more)
 
     def _geometry(self) -> None:
         most, seed = self.settings.most, self.settings.seed

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safesteer.calibration import divergences
 from safesteer.engines import GenerationSettings
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.conditions import Condition
@@ -28,6 +27,7 @@ from safesteer.evaluation.suites import Suite, SuiteRow
 from safesteer.judges.base import HALF, OUTCOMES, Judge
 from safesteer.judges.detectors import degeneration
 from safesteer.models import LoadedModel
+from safesteer.next_token import divergences
 from safesteer.policy import Policy
 from safesteer.prompts import PromptSet, builtin, builtin_categories, harmless_pool, soundalikes
 from safesteer.vectors import VectorBank
