@@ -164,19 +164,47 @@ def test_words_that_cannot_be_read_are_a_note(llama: LoadedModel, monkeypatch: p
 def test_every_architecture_is_shown_or_says_why_not(architecture: str) -> None:
     loaded = make(architecture)
     view = find(loaded, bank_for(loaded), SETS, count=2, swaps=20)
-    if architecture in MOE:
-        assert not view.categories and "experts hold their neurons together" in view.note
-        return
-    assert view.note == ""
+    experts = architecture in MOE
+    assert view.unit == ("experts" if experts else "neurons")
+    assert ("experts are shown instead" in view.note) if experts else view.note == ""
     assert view.tested == sum(one.shape[1] for one in neuron_activations(loaded, [encode(loaded.tokenizer, "a")]))
     for found in view.categories.values():
         assert found.pairs == 6 and len(found.top) == 2
         assert len(found.by_layer) == len(found.swapped_by_layer) == 3
         for one in found.top:
-            assert one.writes and one.unwrites
-            assert -1 <= one.alignment <= 1
+            if experts:
+                assert (one.writes, one.unwrites, one.alignment) == ((), (), None)
+            else:
+                assert one.writes and one.unwrites and one.alignment is not None and -1 <= one.alignment <= 1
             assert all(each.peak >= each.activation - 2e-3 * abs(each.activation) - 1e-4 for each in one.exciting)
     json.dumps(view.to_json())
+
+
+def test_a_planted_expert_comes_first_and_survives() -> None:
+    """As in `planted`, a channel tells `!` from `.`; only one expert of the last block's router reads it."""
+    loaded = make("mixtral")
+    loaded.tokenizer.chat_template = None
+    ids = {text: int(loaded.tokenizer(text)["input_ids"][0]) for text in "!."}
+    with torch.no_grad():
+        embedding = loaded.model.get_input_embeddings().weight
+        embedding[ids["!"]] = embedding[ids["."]]
+        embedding[:, CHANNEL] = 0
+        embedding[ids["!"], CHANNEL], embedding[ids["."], CHANNEL] = 2, -2
+        for block, router in zip(loaded.layout.blocks, loaded.layout.routers, strict=True):
+            attention, experts = block.self_attn, block.mlp.experts
+            for reader in (attention.q_proj, attention.k_proj, attention.v_proj, router):
+                reader.weight[:, CHANNEL] = 0
+            experts.gate_up_proj[..., CHANNEL] = 0
+            experts.down_proj[:, CHANNEL] = 0
+            attention.o_proj.weight[CHANNEL] = 0
+        loaded.layout.routers[-1].weight[2, CHANNEL] = 1
+    view = find(loaded, bank_for(loaded), sets("!", "."), count=2)
+    found, other = view.categories["breaking"], view.categories["lying"]
+    first = found.top[0]
+    assert (view.tested, view.unit, place(first)) == (12, "experts", (2, 2))
+    assert first.separation > 4 and first.p == pytest.approx(1 / 201) and first.auroc == 1.0
+    assert all(one.harmful and 0 < one.activation <= one.peak * 1.002 < 1.01 for one in first.exciting)
+    assert found.by_layer[:2] == (0, 0) and other.survivors == 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "olmo2", "gpt2", "opt"])

@@ -26,6 +26,7 @@ from safesteer.explain.lens import Lens, Token
 from safesteer.explain.neurons import CategoryNeurons
 from safesteer.explain.one_prompt import PromptView, explain_prompt
 from safesteer.explain.pieces import Section, file_name
+from safesteer.explain.plots import plot
 from safesteer.explain.sources import sources
 from safesteer.explain.study import STAGES, Study, StudySettings, explain_bank
 from safesteer.judges.base import Exchange, Judgement
@@ -154,6 +155,20 @@ def test_the_refusal_direction_stands_among_the_others(made: Made) -> None:
     assert "from the 20 harmful prompts that the unsteered model answered towards the 9" in text
     assert "lie between −1.00 (Breaking) and" in text
     assert made.study.to_json()["refusal"] == {"declined": 9, "answered": 20}
+
+
+def test_a_notebook_gets_the_figures_of_the_report(made: Made) -> None:
+    study = made.study
+    drawn = plot(study, "separation_breaking")
+    title = next(one.title for section in made.sections for one in section.figures if one.name == "separation_breaking")
+    shown = " ".join(text.get_text() for text in (*drawn.texts, *(axis.title for axis in drawn.axes)))
+    assert " ".join(title.split()) in " ".join(shown.split())
+    assert plot(study, "prompt_tokens", view=made.view).axes
+    assert study.bank.plot.cosines("dark").axes and study.bank.plot.doses().axes
+    with pytest.raises(SafeSteerError, match="there is no figure 'colours'; there are doses_by_layer"):
+        plot(study, "colours")
+    with pytest.raises(SafeSteerError, match="cannot be undone"):
+        replace(study.bank, provenance={}).plot.cosines(before_shrinkage=True)
 
 
 def test_the_page_needs_nothing_but_itself(made: Made) -> None:

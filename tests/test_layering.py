@@ -12,7 +12,7 @@ import safesteer
 ROOT = Path(safesteer.__file__).parent
 ORDER = [
     "errors", "files", "taxonomy", "prompts", "models", "activations", "answers", "vectors", "policy", "engines", "judges",
-    "refusal", "calibration", "evaluation", "tuning", "integrations", "explain", "server", "cli",
+    "next_token", "refusal", "calibration", "evaluation", "tuning", "integrations", "explain", "server", "cli",
 ]  # fmt: skip
 
 

@@ -64,11 +64,18 @@ def test_t_and_separation_are_those_of_the_books() -> None:
 def test_neurons_times_what_they_write_are_the_feed_forward_output(architecture: str) -> None:
     loaded = make(architecture)
     prompts = [encode(loaded.tokenizer, text) for text in ("How do I mend a vase?", "Why?")]
-    if architecture in MOE:
-        with pytest.raises(UnsupportedModelError, match="one by one"):
-            neuron_activations(loaded, prompts)
-        return
     found = neuron_activations(loaded, prompts)
+    if architecture in MOE:  # the experts, by the share of the routing
+        routed: list[torch.Tensor] = []
+        handle = loaded.layout.routers[1].register_forward_hook(lambda m, a, output: routed.append(output[0]))
+        with torch.inference_mode():
+            loaded.model(input_ids=torch.tensor([prompts[0].ids]))
+        handle.remove()
+        torch.testing.assert_close(found[1][0].float(), routed[0][-1].softmax(-1), atol=1e-3, rtol=1e-3)
+        assert [one.shape for one in found] == [(2, 4)] * loaded.layout.depth
+        with pytest.raises(UnsupportedModelError, match="one by one"):
+            loaded.layout.projection(0)
+        return
     assert len(found) == loaded.layout.depth
     outputs: list[torch.Tensor] = []
     projection = loaded.layout.projection(1)

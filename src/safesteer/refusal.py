@@ -6,8 +6,8 @@
 
 Arditi et al. set harmful prompts against harmless ones, which on a model that seldom declines is the harm itself; here both sides
 are harmful and differ in what the model does. A direction w that holds some of r pushes towards or away from declining as well.
-Whether the model declines is read off its words (`judges.detectors.refusal`). Many models seldom do, so that only those prompts are
-asked, a quarter of all, after which one of OPENERS is likeliest as the first token.
+Whether the model declines is read off its words (`judges.detectors.refusal`). Many models seldom do, so that only those prompts
+are asked, a quarter of all, after which one of OPENERS is likeliest as the first token.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from safesteer.explain.geometry import (
 from safesteer.explain.lens import Lens, by_steering, direct
 from safesteer.explain.neurons import NeuronView, find
 from safesteer.explain.one_prompt import PromptView, explain_prompt
+from safesteer.explain.plots import BankPlots, plot
 from safesteer.explain.report import write
 from safesteer.explain.sources import sources
 from safesteer.explain.study import STAGES, Study, StudySettings, explain_bank
@@ -27,6 +28,7 @@ from safesteer.explain.study import STAGES, Study, StudySettings, explain_bank
 __all__ = [
     "STAGES",
     "Attribution",
+    "BankPlots",
     "CausalCheck",
     "Continuations",
     "CosineMap",
@@ -52,6 +54,7 @@ __all__ = [
     "explain_bank",
     "explain_prompt",
     "find",
+    "plot",
     "project",
     "readings",
     "separation_of",

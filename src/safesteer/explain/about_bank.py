@@ -18,6 +18,7 @@ from safesteer.explain.messages import signed
 from safesteer.explain.pieces import Cell, Drawn, Group, Row, Section, Table, file_name
 from safesteer.explain.study import Study, strongest
 from safesteer.refusal import RefusalDirection
+from safesteer.vectors import VectorBank
 from safesteer.vectors.gate import Gate
 
 SHOWN = 2  # figures of categories that stand open; the others are folded away
@@ -85,28 +86,22 @@ def bank_section(study: Study) -> Section:
     ]
     if bank.gate is not None and bank.gate.quality:
         parts.append(_gate(bank.gate))
-    rows_of_doses: list[Row] = [
-        {"layer": layer, "residual_norm": float(bank.residual_norms[slot])}
-        | {name: float(bank.doses[bank.index(name), slot]) for name in bank.categories}
-        for slot, layer in enumerate(bank.layers)
-    ]
-    parts.append(
-        Group(
-            [
-                Drawn(
-                    "doses_by_layer",
-                    messages.doses(bank),
-                    lambda theme: figures.doses_by_layer(bank, messages.doses(bank), theme),
-                    rows_of_doses,
-                    rows_of_doses,
-                )
-            ]
-        )
-    )
+    parts.append(Group([doses_figure(bank)]))
     notes = [f"{study.sources_note}."] if study.sources_note else []
     if len(study.categories) < len(bank.categories):
         notes.append(f"This report reads {len(study.categories)} of the bank's {len(bank.categories)} categories.")
     return Section("bank", "What this bank is", text, parts, notes)
+
+
+def doses_figure(bank: VectorBank) -> Drawn:
+    """The dose of each category, block by block, with its message."""
+    title = messages.doses(bank)
+    rows: list[Row] = [
+        {"layer": layer, "residual_norm": float(bank.residual_norms[slot])}
+        | {name: float(bank.doses[bank.index(name), slot]) for name in bank.categories}
+        for slot, layer in enumerate(bank.layers)
+    ]
+    return Drawn("doses_by_layer", title, lambda theme: figures.doses_by_layer(bank, title, theme), rows, rows)
 
 
 def _gate_words(gate: Gate | None) -> str:

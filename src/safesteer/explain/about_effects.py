@@ -25,7 +25,7 @@ from safesteer.explain.causal import CausalCheck
 from safesteer.explain.doses import DoseResponse, LayerEffects
 from safesteer.explain.figures import Theme
 from safesteer.explain.geometry import Separation
-from safesteer.explain.neurons import CategoryNeurons, Neuron
+from safesteer.explain.neurons import Neuron, NeuronView
 from safesteer.explain.pieces import Cell, Drawn, Group, Row, Section, Table, file_name
 from safesteer.explain.study import Account, Study
 
@@ -45,14 +45,15 @@ def _neuron_row(category: str, one: Neuron) -> list[Cell]:
         Cell(f"{one.layer}/{one.index}"),
         Cell(number(one.separation), "" if one.others is None else f"others {number(one.others)}"),
         Cell(number(one.p)),
-        Cell(number(one.alignment)),
+        Cell("–" if one.alignment is None else number(one.alignment)),
         Cell(", ".join(figures.visible(token.text.removeprefix(" ")) for token in one.writes[:5]) or "–", wide=True),
         Cell(prompt, "" if exciting is None else f"peaks at {figures.visible(exciting.token)!r}", wide=True),
     ]
 
 
-def _neuron_layers(category: str, found: CategoryNeurons, tested: int) -> Drawn:
-    title = messages.neurons(category, found, tested)
+def _neuron_layers(category: str, view: NeuronView) -> Drawn:
+    found, unit = view.categories[category], view.unit
+    title = messages.neurons(category, found, view.tested, unit)
     rows: list[Row] = [
         {"block": layer, "neurons": count, "swapped_mean": round(mean, 3), "swapped_low": low, "swapped_high": high}
         for layer, (count, (mean, low, high)) in enumerate(zip(found.by_layer, found.swapped_by_layer, strict=True))
@@ -61,11 +62,11 @@ def _neuron_layers(category: str, found: CategoryNeurons, tested: int) -> Drawn:
         file_name("neurons", category),
         title,
         lambda theme: figures.neuron_layers(
-            found.by_layer, found.swapped_by_layer, title, theme, unit="neurons with p < 0.001, each by itself"
+            found.by_layer, found.swapped_by_layer, title, theme, unit=f"{unit} with p < 0.001, each by itself"
         ),
         rows,
         rows,
-        f"Title: neurons over |t| = {found.edge:.1f}, which none passes in 95% of swaps. Bars: over |t| = {found.plain:.1f}.",
+        f"Title: {unit} over |t| = {found.edge:.1f}, which none passes in 95% of swaps. Bars: over |t| = {found.plain:.1f}.",
     )
 
 
@@ -78,19 +79,25 @@ def neurons_section(study: Study) -> Section:
     if view is not None and view.categories:
         clear = [name for name, one in view.categories.items() if messages.neurons_stand_out(one)]
         text.append(
-            f"Of {view.tested:,} neurons, how many tell harmful prompts of a category from their counterparts: more than in any "
-            f"swap of the pairs for {len(clear)} of {len(view.categories)} categories. That a neuron differs is no proof that it "
+            f"Of {view.tested:,} {view.unit}, how many tell harmful prompts of a category from their counterparts: more than in "
+            f"any swap of the pairs for {len(clear)} of {len(view.categories)} categories. That one differs is no proof that it "
             "does anything."
         )
         order = sorted(view.categories, key=lambda name: -view.categories[name].survivors)
-        heads = ("category", "block/neuron", "d′", "p", "writes towards risk", "makes likelier", "most excited by")
+        heads = (
+            "category",
+            f"block/{view.unit[:-1]}",
+            "d′",
+            "p",
+            "writes towards risk",
+            "makes likelier",
+            "most excited by",
+        )
         parts = [
-            *split(
-                [_neuron_layers(name, view.categories[name], view.tested) for name in order], "The other {} categories"
-            ),
+            *split([_neuron_layers(name, view) for name in order], "The other {} categories"),
             Table(
                 "neurons",
-                "The most specific neurons of each category",
+                f"The most specific {view.unit} of each category",
                 heads,
                 [_neuron_row(name, one) for name in view.categories for one in view.categories[name].top],
                 view.to_json(),
@@ -98,7 +105,7 @@ def neurons_section(study: Study) -> Section:
             ),
         ]
         notes.append(
-            "d′: difference of means in standard deviations. p: family-wise, over all neurons. Writes towards risk: cosine of "
+            "d′: difference of means in standard deviations. p: family-wise, over all tested. Writes towards risk: cosine of "
             "what the neuron adds with minus the category's direction."
         )
     if view is not None and view.note:

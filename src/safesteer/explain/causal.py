@@ -113,6 +113,7 @@ def suppress(
     asked = [(bank.categories[bank.index(name)], text) for name, texts in prompts.items() for text in texts]
     if not asked:
         raise SafeSteerError("there are no prompts to answer; give some by category")
+    loaded.layout.projection(0)
     names = list(dict.fromkeys(name for name, _ in asked))
     read = read_pairs(loaded, bank, pairs, most) if readings is None else readings
     banks = _banks(bank, read, names, top, seed)

@@ -177,9 +177,9 @@ def neurons_stand_out(found: CategoryNeurons) -> bool:
     return found.survivors > found.swapped[1]
 
 
-def neurons(category: str, found: CategoryNeurons, tested: int) -> str:
+def neurons(category: str, found: CategoryNeurons, tested: int, unit: str = "neurons") -> str:
     """How many neurons tell a category, against swapped pairs."""
-    name, passed = category_title(category), f"{found.survivors} of {tested:,} neurons pass"
+    name, passed = category_title(category), f"{found.survivors} of {tested:,} {unit} pass"
     mean, most = number(found.swapped[0]), found.swapped[1]
     if neurons_stand_out(found):
         return f"{name}: {passed}, more than in any swap of its pairs ({mean} on average, at most {most})"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,13 +29,26 @@ from safesteer.models.layout import written
 from safesteer.prompts import PromptSet, builtin, builtin_categories, harmless_pool
 from safesteer.vectors import VectorBank
 from safesteer.vectors.gate import auroc
-from safesteer.vectors.neurons import ERROR, SWAPS, neuron_activations, paired_t, separation, swapped_maxima, swapped_t
+from safesteer.vectors.neurons import (
+    ERROR,
+    SWAPS,
+    neuron_activations,
+    paired_t,
+    separation,
+    swapped_maxima,
+    swapped_t,
+    tap,
+)
 
 PLAIN = 0.001  # two-sided p of one neuron alone, for the number of neurons a layer
 EXCITING = 3  # prompts shown a neuron
 READ = 5  # neurons a category whose words are read through the unembedding
 WORDS = 8
 TYPICAL = 4  # harmless prompts whose final states the words are read at; each is read again for every neuron
+EXPERTS = (
+    "the neurons of a mixture are held together by its experts, so experts are shown instead, by the share of the routing that "
+    "each is given; what an expert writes differs with its input, so neither words nor alignment are shown"
+)
 FEWEST = 6  # pairs: with fewer, more than 5% of all swaps leave every pair as it is or swap them all
 
 Pairs = list[tuple[str, str]]
@@ -70,9 +83,10 @@ class Exciting:
 
 @dataclass(frozen=True)
 class Neuron:
-    """One neuron of a category: `separation` is d', `p` family-wise over all neurons tested, `others` the mean d' in the
-    other categories (None where there are none), `alignment` above 0 where it writes towards the risk.
+    """One neuron (or expert) of a category: `separation` is d', `p` family-wise over all neurons tested, `others` the mean d' in
+    the other categories (None where there are none), `alignment` above 0 where it writes towards the risk.
 
+    `alignment` is None for an expert, which writes something else for every input.
     `writes` and `unwrites`: tokens that it makes more and less likely (`lens.direct`), only for the first few of a category.
     """
 
@@ -83,7 +97,7 @@ class Neuron:
     p: float
     auroc: float
     others: float | None
-    alignment: float
+    alignment: float | None
     exciting: tuple[Exciting, ...]
     writes: tuple[Token, ...] = ()
     unwrites: tuple[Token, ...] = ()
@@ -112,12 +126,16 @@ class CategoryNeurons:
 
 @dataclass(frozen=True)
 class NeuronView:
-    """All categories; `tested` neurons in `layers` blocks. `note` says what cannot be shown for this model, or is empty."""
+    """All categories; `tested` neurons in `layers` blocks. `note` says what cannot be shown for this model, or is empty.
+
+    `unit`: what was tested; a mixture's experts stand for its neurons, by the share of the routing that each is given.
+    """
 
     tested: int
     layers: int
     categories: dict[str, CategoryNeurons]
     note: str = ""
+    unit: Literal["neurons", "experts"] = "neurons"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -165,27 +183,36 @@ def find(
     read = read_pairs(loaded, bank, prompts, most, progress=progress) if readings is None else readings
     measured = {name: _measure(some, count, swaps, seed) for name, some in read.items()}
     total = torch.stack([one.separation for one in measured.values()]).sum(dim=0)
+    experts = not loaded.layout.neurons
     few = [name for name, some in read.items() if len(some.pairs) < FEWEST]
     notes = [f"{', '.join(few)}: no neuron can survive the swaps of fewer than {FEWEST} pairs"] if few else []
+    ending = None
     try:
-        ending = Ending(loaded, harmless_pool().texts[:TYPICAL])
+        if experts:
+            notes.append(EXPERTS)
+        else:
+            ending = Ending(loaded, harmless_pool().texts[:TYPICAL])
     except UnsupportedModelError as error:
-        ending = None
         notes.append(f"what neurons write cannot be put into words: {error}")
     categories = {}
     for name, one in measured.items():
         others = (total - one.separation) / max(1, len(measured) - 1)
         slots = (one.separation - others)[one.candidates].argsort(descending=True)[:count].tolist()
         top = [_neuron(one, slot, float(others[one.candidates[slot]]) if len(measured) > 1 else None) for slot in slots]
-        top = _written(loaded, bank, name, _peaks(loaded, top), ending)
+        top = _peaks(loaded, top)
+        if not experts:
+            top = _written(loaded, bank, name, top, ending)
         categories[name] = replace(one.found, top=tuple(top))
     sizes = next(iter(measured.values())).sizes
-    return NeuronView(sum(sizes), len(sizes), categories, "; ".join(notes))
+    return NeuronView(sum(sizes), len(sizes), categories, "; ".join(notes), "experts" if experts else "neurons")
 
 
 def unreadable(loaded: LoadedModel) -> str:
     """Why the neurons of a model cannot be shown one by one; empty where they can."""
     try:
+        if loaded.layout.routers and not loaded.layout.neurons:
+            tap(loaded, 0)
+            return ""
         columns = written(loaded.layout.projection(0))
     except UnsupportedModelError as error:
         return str(error)
@@ -290,7 +317,7 @@ def _neuron(one: _Measured, slot: int, others: float | None) -> Neuron:
         p=(1 + int((one.maxima >= abs(t)).sum())) / (1 + len(one.maxima)),
         auroc=auroc(values[:pairs], values[pairs:]),
         others=others,
-        alignment=0.0,
+        alignment=None,
         exciting=tuple(Exciting(one.texts[row], row < pairs, float(values[row]), "", 0.0) for row in rows),
     )
 
@@ -306,10 +333,12 @@ def _peaks(loaded: LoadedModel, neurons: Sequence[Neuron]) -> list[Neuron]:
         read: dict[int, torch.Tensor] = {}
 
         def watch(layer: int, read: dict[int, torch.Tensor] = read) -> Any:
-            def hook(_module: Any, arguments: tuple[Any, ...]) -> None:
-                read[layer] = arguments[0].reshape(-1, arguments[0].shape[-1])
+            module, activations = tap(loaded, layer)
 
-            return loaded.layout.projection(layer).register_forward_pre_hook(hook)
+            def hook(_module: Any, arguments: tuple[Any, ...]) -> None:
+                read[layer] = activations(arguments[0].reshape(-1, arguments[0].shape[-1]))
+
+            return module.register_forward_pre_hook(hook)
 
         layers = sorted({neuron.layer for neuron in wanted})
         handles = [watch(layer) for layer in layers]

@@ -386,6 +386,7 @@ class _Work:
         pairs = self._paired("causal check of some categories")
         if not pairs:
             raise SafeSteerError("no category has harmless counterparts, so there are no neurons to hold")
+        self.loaded.layout.projection(0)
         texts = self._texts(self.settings.answered, list(pairs))
         self.done["causal"] = held.suppress(
             self.loaded,

@@ -7,6 +7,7 @@ A layout names, for each block `l` of a model, the module whose output is read a
     mlp[l]        the feed-forward module: likewise
     neurons[l]    the projection that ends the feed-forward module: its input is the neurons' activations, and column j of
                   its weight is what neuron j writes
+    routers[l]    in a mixture of experts, whose neurons cannot be told apart: what chooses among the experts
 
 Nothing is assumed about names beyond "attn", "attention", "mlp", ...: blocks are found as the module list as long as
 the configuration says the model is deep; `safesteer.models.selftest` proves by numbers what was found.
@@ -30,6 +31,7 @@ SITES: tuple[Site, ...] = get_args(Site)
 _ATTENTION = re.compile(r"attn|attention|mixer", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|experts|^fc2$", re.IGNORECASE)
 _EXPERTS = re.compile(r"experts|moe|router", re.IGNORECASE)
+_ROUTER = re.compile(r"(^|\.)(gate|router(\.layer)?)$")
 _NOT_A_SITE = re.compile(r"norm|dropout", re.IGNORECASE)
 
 
@@ -46,6 +48,7 @@ class ModelLayout:
     mlp: tuple[nn.Module, ...]
     width: int
     neurons: tuple[nn.Module, ...] = ()
+    routers: tuple[nn.Module, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -131,7 +134,8 @@ def find_layout(model: Any) -> ModelLayout:
                 if isinstance(child, nn.ModuleList) and len(child) == depth and _looks_like_blocks(child):
                     blocks = tuple(child)
                     mlp = _site(blocks, _MLP)
-                    return ModelLayout(parent, blocks, _site(blocks, _ATTENTION), mlp, width, _projections(mlp, width))
+                    attention, neurons = _site(blocks, _ATTENTION), _projections(mlp, width)
+                    return ModelLayout(parent, blocks, attention, mlp, width, neurons, _routers(mlp, width))
     raise UnsupportedModelError(f"no list of {depth} decoder blocks was found in {kind}")
 
 
@@ -153,6 +157,18 @@ def _projections(mlp: tuple[nn.Module, ...], width: int) -> tuple[nn.Module, ...
         if not ends:
             return ()
         found.append(ends[-1])
+    return tuple(found)
+
+
+def _routers(mlp: tuple[nn.Module, ...], width: int) -> tuple[nn.Module, ...]:
+    """What scores experts `[experts, width]` in each feed-forward module; none where a module has none."""
+    found: list[nn.Module] = []
+    for module in mlp:
+        named = [part for name, part in module.named_modules() if _ROUTER.search(name)]
+        scoring = [part for part in named if getattr(getattr(part, "weight", None), "ndim", 0) == 2]
+        if len(scoring) != 1 or scoring[0].weight.shape[1] != width:
+            return ()
+        found.append(scoring[0])
     return tuple(found)
 
 

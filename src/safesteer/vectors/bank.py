@@ -10,6 +10,7 @@ with norm[l] the mean norm of the residual stream after block l: a dose of 0.04 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -117,6 +118,11 @@ class VectorBank:
     def digest(self) -> str:
         """SHA-256 (hex) over everything the bank holds: the digest its file carries."""
         return _digest(json.dumps(self._header(), sort_keys=True), self._tensors())
+
+    @property
+    def plot(self) -> Any:
+        """Figures of this bank, `bank.plot.cosines()` and others: `safesteer.explain.plots.BankPlots`."""
+        return importlib.import_module("safesteer.explain.plots").BankPlots(self)
 
     # -- file ----------------------------------------------------------------------------------------------------------
 

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from safesteer.activations import batches_by_length, pad, run_until
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, UnsupportedModelError
 from safesteer.models import EncodedPrompt, LoadedModel
 
 SWAPS = 200
@@ -51,6 +52,22 @@ class RiskNeurons:
         return found
 
 
+def tap(loaded: LoadedModel, layer: int) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    """The module whose input holds a block's neurons, and what makes activations of that input `[..., neurons]`.
+
+    In a mixture of experts, whose neurons are held together, the experts are read: the share of each that its router gives,
+    softmax(W x), before the largest are chosen. Raises `UnsupportedModelError` where neither is found.
+    """
+    layout = loaded.layout
+    if layout.neurons or not layout.routers:
+        return layout.projection(layer), lambda values: values
+    router = layout.routers[layer]
+    weight = router.weight
+    if not isinstance(weight, torch.Tensor):
+        raise UnsupportedModelError(f"the router {type(router).__name__} holds no weights, so experts cannot be read")
+    return router, lambda values: torch.softmax(values.float() @ weight.detach().float().T, dim=-1)
+
+
 @torch.inference_mode()
 def neuron_activations(
     loaded: LoadedModel,
@@ -61,7 +78,8 @@ def neuron_activations(
 ) -> list[torch.Tensor]:
     """A list of fp16 `[prompts, neurons]`, one a layer (all layers if None): activations at each prompt's last token.
 
-    Raises `UnsupportedModelError` for a model whose neurons cannot be read one by one.
+    Of a mixture of experts, `[prompts, experts]`: see `tap`. Raises `UnsupportedModelError` for a model of which neither can be
+    read.
     """
     chosen = list(range(loaded.layout.depth)) if layers is None else list(layers)
     if not prompts or not chosen:
@@ -71,24 +89,22 @@ def neuron_activations(
         ids, mask = pad([prompts[index] for index in batch], loaded.pad_id, "right")
         last = torch.tensor([len(prompts[index]) - 1 for index in batch])
 
-        def keep(
-            slot: int, batch: list[int] = batch, last: torch.Tensor = last
-        ) -> Callable[[Any, tuple[Any, ...]], None]:
+        def keep(slot: int, layer: int, batch: list[int] = batch, last: torch.Tensor = last) -> Any:
+            module, activations = tap(loaded, layer)
+
             def hook(_module: Any, arguments: tuple[Any, ...]) -> None:
                 # reshape: OPT's feed-forward flattens rows and tokens
                 values = arguments[0].reshape(len(batch), -1, arguments[0].shape[-1])
-                ends = values[torch.arange(len(batch), device=values.device), last.to(values.device)]
+                ends = activations(values[torch.arange(len(batch), device=values.device), last.to(values.device)])
                 store = found[slot]
                 if store is None:
                     store = found[slot] = torch.zeros(len(prompts), ends.shape[-1], dtype=torch.half)
                 # fp16 holds up to 65504; massive activations of some models are beyond
                 store[batch] = ends.float().clamp(-6e4, 6e4).half().cpu()
 
-            return hook
+            return module.register_forward_pre_hook(hook)
 
-        handles = [
-            loaded.layout.projection(layer).register_forward_pre_hook(keep(slot)) for slot, layer in enumerate(chosen)
-        ]
+        handles = [keep(slot, layer) for slot, layer in enumerate(chosen)]
         try:
             run_until(
                 loaded, max(chosen), (), input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device)
