@@ -122,14 +122,36 @@ def shared_start(prompts: Sequence[EncodedPrompt], limit: Sequence[int]) -> int:
     return count
 
 
-@torch.inference_mode()
-def _cache_of(loaded: LoadedModel, ids: Sequence[int]) -> Cache | None:
-    """The KV cache after `ids`, or None where the model keeps none that rows can share (sliding windows, state spaces)."""
-    output = loaded.layout.decoder(input_ids=torch.tensor([list(ids)], device=loaded.device), use_cache=True)
-    cache = getattr(output, "past_key_values", None)
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    return cache
+class Beginning:
+    """What all `prompts` begin with, computed once.
+
+    `shared` tokens, at most the least of `limit`; 0 where they are too few, or the model keeps no cache that rows can share.
+    """
+
+    def __init__(self, loaded: LoadedModel, prompts: Sequence[EncodedPrompt], limit: Sequence[int]) -> None:
+        self.loaded = loaded
+        shared = shared_start(prompts, limit)
+        self._cache = self._read(prompts[0].ids[:shared]) if shared >= SHARED_LEAST and len(prompts) > 1 else None
+        self.shared = shared if self._cache is not None else 0
+
+    @torch.inference_mode()
+    def _read(self, ids: Sequence[int]) -> Cache | None:
+        """The KV cache after `ids`, or None where there is none that rows can share (sliding windows, state spaces)."""
+        given = torch.tensor([list(ids)], device=self.loaded.device)
+        cache = getattr(self.loaded.layout.decoder(input_ids=given, use_cache=True), "past_key_values", None)
+        if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        return cache
+
+    def inputs(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
+        """What the decoder is given for a batch, padded on the right: token ids begin after the `shared` ones."""
+        ids, mask = pad(prompts, self.loaded.pad_id, "right")
+        device = self.loaded.device
+        given: dict[str, Any] = {"input_ids": ids[:, self.shared :].to(device), "attention_mask": mask.to(device)}
+        if self._cache is not None:
+            given |= {"past_key_values": copy.deepcopy(self._cache), "use_cache": True}
+            given["past_key_values"].batch_repeat_interleave(len(prompts))
+        return given
 
 
 def collect(
@@ -171,15 +193,12 @@ def collect(
         words = [max(1, prompt.content_end - start) for prompt, start in pairs]
         turns = [torch.zeros(len(kept), len(prompt) - start, width, dtype=torch.half) for prompt, start in pairs]
 
-    shared = shared_start(prompts, [*starts, *(prompt.content_start for prompt in prompts)])
-    cache = _cache_of(loaded, prompts[0].ids[:shared]) if shared >= SHARED_LEAST and len(prompts) > 1 else None
-    shared = shared if cache is not None else 0
+    beginning = Beginning(loaded, prompts, [*starts, *(prompt.content_start for prompt in prompts)])
+    shared = beginning.shared
 
     for batch in batches_by_length(prompts, batch_tokens):
         rows = [prompts[index] for index in batch]
-        ids, mask = pad(rows, loaded.pad_id, "right")
-        ids = ids[:, shared:]
-        time = torch.arange(shared, shared + ids.shape[1])
+        time = torch.arange(shared, max(map(len, rows)))
         content = (time >= torch.tensor([[row.content_start] for row in rows])) & (
             time < torch.tensor([[row.content_end] for row in rows])
         )
@@ -214,10 +233,6 @@ def collect(
             for slot, layer in enumerate(chosen)
             for site in dict.fromkeys(("residual", *sites))
         ]
-        inputs: dict[str, Any] = {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
-        if cache is not None:
-            inputs |= {"past_key_values": copy.deepcopy(cache), "use_cache": True}
-            inputs["past_key_values"].batch_repeat_interleave(len(batch))
-        run_until(loaded, chosen[-1], taps, **inputs)
+        run_until(loaded, chosen[-1], taps, **beginning.inputs(rows))
         progress(len(batch))
     return Activations(chosen, values, (norm_sums / token_count).float(), turns, words)

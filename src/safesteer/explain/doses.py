@@ -147,7 +147,10 @@ def dose_response(
     answers = [one.text for one in said]
     judged = judge.judge([Exchange(text, answer, n) for (n, text, _), answer in zip(rows, answers, strict=True)])
     strangeness = perplexities(loaded, texts * len(doses), answers)
-    on_harmful = divergences_of(loaded, texts, [(one, own) for one in (bank, control) for own in policies], force=force)
+    acting = [own for strength, own in zip(doses, policies, strict=True) if strength]
+    still = [[0.0] * len(asked)] * (len(doses) - len(acting))  # strength 0 moves nothing
+    moved = divergences_of(loaded, texts, [(one, own) for one in (bank, control) for own in acting], force=force)
+    on_harmful, on_control = still + moved[: len(acting)], still + moved[len(acting) :]
     gated = [[_default(bank, strength)] * len(harmless) for strength in doses]
     on_harmless = divergences_of(loaded, harmless, [(bank, own) for own in gated], force=force)
     found = []
@@ -161,7 +164,7 @@ def dose_response(
                 counts[None],
                 _quartiles(strangeness[own]),
                 bootstrap(on_harmful[slot]),
-                bootstrap(on_harmful[len(doses) + slot]),
+                bootstrap(on_control[slot]),
                 bootstrap(on_harmless[slot]),
             )
         )

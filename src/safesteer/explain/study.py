@@ -48,7 +48,7 @@ TYPICAL = 4  # harmless prompts whose final states the direct lens is read at
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
 NAMED = 3  # neurons of a category: the words of each are another reading of the model
 WORDS = 10  # at either end of a lens
-REFUSALS = 240  # harmful prompts among which those are looked for that the model declines
+REFUSALS = 192  # harmful prompts among which those are looked for that the model declines
 
 Progress = Callable[[str, int, int], None]
 
@@ -62,8 +62,8 @@ class StudySettings:
     the dose is placed at one block after the other. `harmless`: pool prompts for the divergence. `without`: stages to leave out.
     """
 
-    most: int = 12
-    worded: int = 3
+    most: int = 10
+    worded: int = 2
     answered: int = 12
     placed: int = 6
     harmless: int = 12

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from safesteer.activations import batches_by_length, pad, run_until
+from safesteer.activations import Beginning, batches_by_length, run_until
 from safesteer.errors import SafeSteerError, UnsupportedModelError
 from safesteer.models import EncodedPrompt, LoadedModel
 
@@ -85,9 +85,9 @@ def neuron_activations(
     if not prompts or not chosen:
         raise SafeSteerError("there are no prompts, or no layers, to read neurons from")
     found: list[torch.Tensor | None] = [None] * len(chosen)
+    beginning = Beginning(loaded, prompts, [prompt.content_start for prompt in prompts])
     for batch in batches_by_length(prompts):
-        ids, mask = pad([prompts[index] for index in batch], loaded.pad_id, "right")
-        last = torch.tensor([len(prompts[index]) - 1 for index in batch])
+        last = torch.tensor([len(prompts[index]) - 1 - beginning.shared for index in batch])
 
         def keep(slot: int, layer: int, batch: list[int] = batch, last: torch.Tensor = last) -> Any:
             module, activations = tap(loaded, layer)
@@ -106,9 +106,7 @@ def neuron_activations(
 
         handles = [keep(slot, layer) for slot, layer in enumerate(chosen)]
         try:
-            run_until(
-                loaded, max(chosen), (), input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device)
-            )  # fmt: skip
+            run_until(loaded, max(chosen), (), **beginning.inputs([prompts[index] for index in batch]))
         finally:
             for handle in handles:
                 handle.remove()
