@@ -62,7 +62,7 @@ def _neuron_layers(category: str, view: NeuronView) -> Drawn:
         file_name("neurons", category),
         title,
         lambda theme: figures.neuron_layers(
-            found.by_layer, found.swapped_by_layer, title, theme, unit=f"{unit} with p < 0.001, each by itself"
+            found.by_layer, found.swapped_by_layer, title, theme, unit=f"{unit} with p < 0.001 alone"
         ),
         rows,
         rows,

@@ -62,7 +62,7 @@ class StudySettings:
     the dose is placed at one block after the other. `harmless`: pool prompts for the divergence. `without`: stages to leave out.
     """
 
-    most: int = 10
+    most: int = 12
     worded: int = 2
     answered: int = 12
     placed: int = 6
