@@ -151,13 +151,7 @@ class Policy(BaseModel):
     @classmethod
     def from_yaml(cls, path: str | Path) -> Policy:
         """Read a policy file. Raises `PolicyError` naming the file."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
-        except OSError as error:
-            raise PolicyError(f"{path} cannot be read ({error.strerror})") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PolicyError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
+        data = read_yaml(path)
         return cls.parse(data, str(path))
 
     def resolved(self, bank: VectorBank) -> Policy:
@@ -190,6 +184,17 @@ class Policy(BaseModel):
     def gated(self) -> bool:
         """Whether any category waits for its risk to be read."""
         return any(how.gate == "auto" and how.strength != 0 for how in self.categories.values())
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The plain data in a YAML file, in which no key stands twice. Raises `PolicyError` naming the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
+    except OSError as error:
+        raise PolicyError(f"{path} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PolicyError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

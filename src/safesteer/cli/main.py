@@ -21,6 +21,7 @@ from safesteer.cli import (
     inspect,
     judge,
     prompts,
+    serve,
     suites,
     tune,
 )
@@ -44,6 +45,7 @@ app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("explain")(explain.explain)
 app.command("tune")(tune.tune)
+app.command("serve")(serve.serve)
 app.command("evaluate")(evaluate.evaluate)
 app.command("suites")(suites.suites)
 app.command("categories")(categories.categories)
