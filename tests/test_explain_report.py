@@ -18,7 +18,7 @@ from rich.console import Console
 from safesteer.cli import heat
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.results import Interval
-from safesteer.explain import figures, messages, report
+from safesteer.explain import about_bank, figures, geometry, messages, report
 from safesteer.explain.attribution import attribute
 from safesteer.explain.doses import Dose, DoseResponse, LayerEffect, LayerEffects
 from safesteer.explain.geometry import Band, Separation, cosine_map
@@ -169,6 +169,56 @@ def test_a_notebook_gets_the_figures_of_the_report(made: Made) -> None:
         plot(study, "colours")
     with pytest.raises(SafeSteerError, match="cannot be undone"):
         replace(study.bank, provenance={}).plot.cosines(before_shrinkage=True)
+
+
+def test_names_of_columns_and_directions_are_no_categorys(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = replace(made.study.bank, categories=("shared", "direction"))
+    found = cosine_map(bank, {"refusal": bank.directions[0]})
+    assert found.names[:4] == ("shared", "direction", "shared (direction)", "refusal")
+    rows = about_bank.cosine_figure(found, "cosines").rows
+    assert [row["direction"] for row in rows] == [found.names[index] for index in found.order]
+    assert set(rows[0]) == {"direction", "category direction", *set(found.names) - {"direction"}}
+    bank = replace(bank, categories=("layer", "residual_norm"))
+    rows = about_bank.doses_figure(bank).rows
+    assert [row["layer"] for row in rows] == list(bank.layers)
+    assert rows[0]["category layer"] == float(bank.doses[0, 0]) != rows[0]["layer"]
+
+
+def test_heads_of_a_table_are_unlike_each_other(made: Made) -> None:
+    tables = [table for section in made.sections for table in section.tables]
+    assert any(table.name == "prompt_answers" for table in tables)
+    for table in tables:
+        assert len(set(table.heads)) == len(table.heads)
+
+
+def test_a_tie_with_a_control_does_not_stand_out() -> None:
+    run = [34 / 36, 0.5]
+    band = geometry._band([run, [0.1, 0.2]])
+    assert band.high[0] == run[0]
+    found = Separation((1, 2), tuple(run), band, band, 12, 12, 5, 20)
+    assert not messages.stands_out(found)
+
+
+def test_too_few_pairs_are_said_to_be_too_few() -> None:
+    few = CategoryNeurons(5, 9.0, 0, (0.0, 0), 4.0, (0,), ((0.0, 0, 0),))
+    assert messages.neurons("breaking", few, 12, "experts") == (
+        "Breaking: 5 pairs are too few to test single experts; it takes 6"
+    )
+
+
+def test_where_writing_fails_no_page_speaks_of_other_data(
+    made: Made, tmp_path: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report.write(made.study, tmp_path)
+    assert (tmp_path / "explain.html").exists()
+
+    def full(path: Path, content: str) -> None:
+        raise SafeSteerError(f"{path} cannot be written (File too large)")
+
+    monkeypatch.setattr(report, "write_text", full)
+    with pytest.raises(SafeSteerError, match="too large"):
+        report.write(made.study, tmp_path)
+    assert not (tmp_path / "explain.html").exists()
 
 
 def test_the_page_needs_nothing_but_itself(made: Made) -> None:
@@ -503,6 +553,8 @@ def test_json_is_all_that_is_printed(run: Run, place: Path) -> None:
         (["--prompt", " "], "the prompt is empty"),
         (["--prompt", "Hi", "--response", "a", "--generate"], "not both"),
         (["--out", "OUT"], "no prompts ship for it"),
+        (["--prompt", "a", "--category", "breaking"], "--category, --prompts and --without belong to the report"),
+        (["--prompt", "a", "--response", " "], "the response is empty"),
         (["--out", "OUT", "--without", "colours"], "--without 'colours' is not known; use refusal, geometry"),
         (["--out", "OUT", "--prompts", "PROMPTS", "--category", "arson"], "arson"),
         (["--out", "OUT", "--prompts", "PROMPTS", "--judge", "nobody"], "nobody"),

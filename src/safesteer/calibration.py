@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 from safesteer.engines import Steerer
+from safesteer.errors import SafeSteerError
 from safesteer.models import LoadedModel, encode
 from safesteer.next_token import divergence, next_token
 from safesteer.policy import Policy
@@ -149,6 +150,9 @@ def fit(
 
     bank = fit_directions(loaded, categories, prompts, settings, progress=first)
     if harmful:
-        bank = without_refusal(bank, refusal_direction(loaded, bank, harmful, progress=then))
+        try:
+            bank = without_refusal(bank, refusal_direction(loaded, bank, harmful, progress=then))
+        except SafeSteerError as error:
+            raise SafeSteerError(f"{error}; leave out --refusal remove, or give more prompts") from None
     target = TARGET if "answer" in bank.provenance["position"] else TARGET_LAST
     return calibrated(loaded, bank, chosen, target, progress=then) if chosen else bank

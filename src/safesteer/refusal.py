@@ -63,7 +63,7 @@ def refusal_direction(
     if min(declined, answered) < FEWEST:
         raise SafeSteerError(
             f"the model declines {declined} of the {len(asked)} harmful prompts it was asked; a refusal direction needs {FEWEST} "
-            f"that it declines and {FEWEST} that it answers, so there is none to show or to remove; give more prompts"
+            f"that it declines and {FEWEST} that it answers, so there is none to show or to remove"
         )
     read = collect(loaded, [encoded[index] for index in asked], bank.layers, (bank.site,), progress=progress)
     values = read.values[bank.site, "last"]

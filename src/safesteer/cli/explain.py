@@ -29,7 +29,7 @@ def table(study: Study) -> Table:
     """A row a category: where it stands out, its neurons, the words it moves. `?`: not clearly beyond its control."""
     from safesteer.explain import messages
 
-    found = Table("category", "apart", "at block", "neurons", "pushes towards", "away from", box=None, pad_edge=False)
+    found = Table("category", "apart", "at block", unit(study), "pushes towards", "away from", box=None, pad_edge=False)
     for column in found.columns[:4]:
         column.no_wrap = True
     for name in study.categories:
@@ -50,6 +50,11 @@ def table(study: Study) -> Table:
             Text("" if steering is None else _words(steering.suppresses) + doubt),
         )
     return found
+
+
+def unit(study: Study) -> str:
+    """What was tested for telling a category: neurons, or a mixture's experts."""
+    return study.neurons.unit if study.neurons else "neurons"
 
 
 def explain(
@@ -95,6 +100,14 @@ def explain(
         raise SafeSteerError("the prompt is empty; give --prompt some text")
     if response is not None and generate:
         raise SafeSteerError("give either --response or --generate, not both")
+    if response is not None and not response.strip():
+        raise SafeSteerError("the response is empty; give --response some text, or leave it out")
+    whole = prompt is None or out_folder is not None
+    if not whole and (category or prompts or without):
+        raise SafeSteerError(
+            "--category, --prompts and --without belong to the report; give --out FOLDER as well, or leave them out"
+        )
+    from safesteer.explain.about_bank import against
     from safesteer.explain.report import check_folder, write
     from safesteer.explain.sources import sources
     from safesteer.explain.study import STAGES, StudySettings, explain_bank
@@ -105,7 +118,6 @@ def explain(
     if unknown:
         raise SafeSteerError(f"--without {unknown[0]!r} is not known; use {', '.join(STAGES)}")
     opened = VectorBank.load(bank)
-    whole = prompt is None or out_folder is not None
     found = sources(opened, category, read_prompt_files(prompts or [], None)) if whole else None
     decides = make_judge(judge)
     if out_folder is not None:
@@ -144,6 +156,8 @@ def explain(
         note_usage([decides])
         for stage, why in study.left_out.items():
             note(f"Not shown ({stage}): {why}.")
+        if study.neurons and study.neurons.note:
+            note(f"{study.neurons.note[:1].upper()}{study.neurons.note[1:]}.")
         if found.note:
             note(f"{found.note}.")
         if json:
@@ -151,7 +165,7 @@ def explain(
         else:
             out.print(table(study))
             note(
-                "apart: AUROC against harmless counterparts. neurons: in swapped pairs. ?: not clearly beyond its control."
+                f"apart: AUROC against {against(study)}. {unit(study)}: in swapped pairs. ?: not clearly beyond its control."
             )
         if written is not None:
             note(f"Wrote {written.page} ({written.figures} figures; data in {written.page.parent / 'data'}).")

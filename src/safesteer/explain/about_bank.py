@@ -15,7 +15,7 @@ from safesteer.explain import figures, messages
 from safesteer.explain.geometry import CosineMap, Projection, Separation
 from safesteer.explain.lens import Lens
 from safesteer.explain.messages import signed
-from safesteer.explain.pieces import Cell, Drawn, Group, Row, Section, Table, file_name
+from safesteer.explain.pieces import Cell, Drawn, Group, Row, Section, Table, column_of, file_name
 from safesteer.explain.study import Study, strongest
 from safesteer.refusal import RefusalDirection
 from safesteer.vectors import VectorBank
@@ -49,7 +49,7 @@ def bank_section(study: Study) -> Section:
     rows = []
     for name in bank.categories:
         source, acting = sources.get(name, {}), bank.acting_layers(name)
-        span = f"{acting[0]} to {acting[-1]}" if acting else "none"
+        span = "none" if not acting else f"{acting[0]}" if len(acting) == 1 else f"{acting[0]} to {acting[-1]}"
         read = f"{source.get('count', '?')} against {source.get('harmless', '?')}"
         rows.append([Cell(category_title(name)), Cell(f"{bank.dose(name):.3f}"), Cell(span), Cell(read)])
     facts = {
@@ -98,7 +98,10 @@ def doses_figure(bank: VectorBank) -> Drawn:
     title = messages.doses(bank)
     rows: list[Row] = [
         {"layer": layer, "residual_norm": float(bank.residual_norms[slot])}
-        | {name: float(bank.doses[bank.index(name), slot]) for name in bank.categories}
+        | {
+            column_of(name, "layer", "residual_norm"): float(bank.doses[bank.index(name), slot])
+            for name in bank.categories
+        }
         for slot, layer in enumerate(bank.layers)
     ]
     return Drawn("doses_by_layer", title, lambda theme: figures.doses_by_layer(bank, title, theme), rows, rows)
@@ -108,8 +111,8 @@ def _gate_words(gate: Gate | None) -> str:
     if gate is None:
         return "The bank has no gate: by default its categories act on every prompt."
     return (
-        f"The gate reads blocks {', '.join(map(str, gate.layers))}; it begins to open at a risk of {gate.low:.2f} and is fully "
-        f"open at {gate.high:.2f}."
+        f"The gate reads block{'s' * (len(gate.layers) > 1)} {', '.join(map(str, gate.layers))}; "
+        f"it begins to open at a risk of {gate.low:.2f} and is fully open at {gate.high:.2f}."
     )
 
 
@@ -138,7 +141,7 @@ def _cosine_rows(found: CosineMap, matrix: Sequence[Sequence[float]]) -> list[Ro
     return [
         {
             "direction": found.names[row],
-            **{found.names[column]: round(matrix[row][column], 4) for column in found.order},
+            **{column_of(found.names[column], "direction"): round(matrix[row][column], 4) for column in found.order},
         }
         for row in found.order
     ]
@@ -201,8 +204,13 @@ def categories_section(study: Study) -> Section:
     if study.cosines.before_shrinkage is not None:
         cosines.append(cosine_figure(study.cosines, "cosines_before_shrinkage", before=True))
     text = [
-        "How alike the directions are. Fitting moves each towards what all share, so the map before that says more about the "
-        "categories, and the other about what steering does.",
+        "How alike the directions are."
+        + (
+            ""
+            if study.cosines.before_shrinkage is None
+            else " Fitting moves each towards what all share, so the map before that says more about the categories, and the "
+            "other about what steering does."
+        ),
     ]
     if len(study.bank.categories) > 1:
         text.append(_clusters(study.cosines))
@@ -211,7 +219,7 @@ def categories_section(study: Study) -> Section:
     if study.separations:
         clear = [name for name in study.separations if messages.stands_out(study.separations[name])]
         text.append(
-            f"Harmful prompts against their counterparts, block by block: {len(clear)} of {len(study.separations)} categories "
+            f"Harmful prompts against {against(study)}, block by block: {len(clear)} of {len(study.separations)} categories "
             "stand out beyond every draw of swapped labels."
         )
     drawn = [_separation(study, name) for name in strongest(study.separations)]
@@ -224,15 +232,21 @@ def categories_section(study: Study) -> Section:
     )
 
 
+def against(study: Study) -> str:
+    """What harmful prompts were told from: their counterparts, where a category has them, else the harmless pool."""
+    paired = {row.category for row in study.material.rows if row.kind == "matched"} if study.material else set()
+    if not paired:
+        return "the harmless pool (the subject tells too)"
+    return "their counterparts" + (" (or the pool, where there are none)" if paired != set(study.separations) else "")
+
+
 def _refusal(read: RefusalDirection, found: CosineMap) -> str:
     """Whether steering pushes the model towards declining as well, or away from it."""
     what = (
         f"The refusal direction points from the {read.answered} harmful prompts that the unsteered model answered towards the "
         f"{read.declined} that it declined."
     )
-    if "refusal" not in found.names:
-        return what
-    row = found.cosines[found.names.index("refusal")]
+    row = found.cosines[found.kinds.index("extra")]
     own = [(value, name) for value, name, kind in zip(row, found.names, found.kinds, strict=True) if kind == "category"]
     low, high = min(own), max(own)
     return (

@@ -346,13 +346,13 @@ def attribution_section(study: Study) -> Section:
     ]
     text = [
         "Where the gate's reading of a prompt comes from: contributions of attention and MLP of each block, the embedding and a "
-        "constant, which sum to the risk exactly (checked). Shown is the difference to the prompt's own counterpart, so that "
-        "what both share goes. An account, not an experiment: take a component out and the others change too.",
+        "constant, which sum to the risk exactly (checked). Where a prompt has a harmless counterpart, the difference to that is "
+        "shown, so that what both share goes. An account, not an experiment: take a component out and the others change too.",
     ]
     drawn = [_account(name, one) for name, one in study.accounts.items()]
     table = Table(
         "attribution",
-        "The prompts: the first of each category in the tune split, not chosen for how they turned out",
+        "The prompts: the first of each category (with a counterpart, where any has one), not chosen for how they turned out",
         ("category", "prompt", "risk", "counterpart's risk", "counterpart"),
         rows,
         {name: {"risk": one.harmful.risk, "prompt": one.prompt} for name, one in study.accounts.items()},

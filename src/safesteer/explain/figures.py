@@ -204,6 +204,9 @@ def _readable_on(colour: tuple[float, ...]) -> str:
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
 
 
+JOINERS = "\u200c\u200d"  # which writing itself needs
+
+
 def visible(text: str) -> str:
     """A token as it can be printed: white space and control characters become signs, nothing is left out."""
     signs = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
@@ -212,7 +215,11 @@ def visible(text: str) -> str:
     return "".join(
         signs[letter]
         if letter in "\n\t\r"
-        else (f"\\x{ord(letter):02x}" if unicodedata.category(letter) in ("Cc", "Cs") else letter)
+        else (
+            f"\\x{ord(letter):02x}"
+            if unicodedata.category(letter) in ("Cc", "Cs", "Cf") and letter not in JOINERS
+            else letter
+        )
         for letter in shown
     )
 

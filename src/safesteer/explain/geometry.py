@@ -290,8 +290,8 @@ def cosine_map(
 
     The shared direction is the unit mean of the unit category directions. `extra`: name -> `[layers, width]` at the
     bank's layers, such as a refusal direction. A random direction is one draw for all layers. Averaged over the
-    layers where any category acts. Raises `SafeSteerError` for an extra direction of another shape or a name that is
-    taken.
+    layers where any category acts. A direction with the name of a category is called `NAME (direction)`. Raises
+    `SafeSteerError` for an extra direction of another shape, or with a name of those that are added here.
     """
     acting = [slot for slot in range(len(bank.layers)) if bool((bank.doses[:, slot] != 0).any())]
     slots = acting or list(range(len(bank.layers)))
@@ -309,7 +309,8 @@ def cosine_map(
     for number in range(randoms):
         drawn = torch.randn(width, generator=generator, dtype=torch.float64)
         others[f"random {number + 1}"] = ("random", drawn.expand(len(slots), width))
-    names = (*bank.categories, "shared", *others)
+    # A category may have one of these names; then the other one yields.
+    names = (*bank.categories, *(f"{n} (direction)" if n in bank.categories else n for n in ("shared", *others)))
     if len(set(names)) < len(names):
         raise SafeSteerError("two directions have the same name; name the extra ones otherwise")
 
@@ -815,7 +816,7 @@ def _table(matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:
 
 
 def _band(runs: Sequence[Sequence[float]]) -> Band:
-    data = torch.tensor([list(run) for run in runs])
+    data = torch.tensor([list(run) for run in runs], dtype=torch.float64)  # as exact as what is set against it
     return Band(*(tuple(part.tolist()) for part in (data.mean(dim=0), data.amin(dim=0), data.amax(dim=0))))
 
 

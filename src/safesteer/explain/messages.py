@@ -23,7 +23,7 @@ from safesteer.explain.causal import CausalCheck
 from safesteer.explain.doses import DoseResponse, LayerEffects
 from safesteer.explain.geometry import CosineMap, Projection, Separation
 from safesteer.explain.lens import Lens
-from safesteer.explain.neurons import CategoryNeurons
+from safesteer.explain.neurons import FEWEST, CategoryNeurons
 from safesteer.vectors import VectorBank
 from safesteer.vectors.gate import auroc
 
@@ -97,7 +97,7 @@ def projection(found: Projection, shuffled: Sequence[float]) -> str:
     before, after = f"{found.auroc:.2f}", f"{found.auroc_after:.2f}"
     where = f"Block {found.layer}"
     if not shuffled or found.auroc > max(shuffled):
-        if found.auroc_after == found.auroc:
+        if all(point.lda_after == point.lda for point in found.points):
             return f"{where}: held-out risk shows (AUROC {before}; {nothing}); steering has not moved it here"
         return f"{where}: held-out risk shows (AUROC {before}; {nothing}), {after} once steered"
     return f"{where}: held-out risk does not show clearly (AUROC {before}; {nothing}), {after} once steered"
@@ -181,6 +181,8 @@ def neurons(category: str, found: CategoryNeurons, tested: int, unit: str = "neu
     """How many neurons tell a category, against swapped pairs."""
     name, passed = category_title(category), f"{found.survivors} of {tested:,} {unit} pass"
     mean, most = number(found.swapped[0]), found.swapped[1]
+    if found.pairs < FEWEST:
+        return f"{name}: {found.pairs} pairs are too few to test single {unit}; it takes {FEWEST}"
     if neurons_stand_out(found):
         return f"{name}: {passed}, more than in any swap of its pairs ({mean} on average, at most {most})"
     return f"{name}: {passed}, which some swaps of its pairs reach too ({mean} on average, at most {most})"

@@ -106,10 +106,15 @@ def parting_words(found: Continuations) -> str:
         return "The two answers are the same" + ("." if acted else ": nothing acted.")
     one, other = found.unsteered[found.parts_at], found.steered[found.parts_at]
     return (
-        f"They part at token {found.parts_at + 1}: unsteered says {figures.visible(one.text)!r} ({percent(one.unsteered)}, "
-        f"{percent(one.steered)} when steered), steered says {figures.visible(other.text)!r} ({percent(other.steered)}, "
+        f"They part at token {found.parts_at + 1}: unsteered says {_said(one)} ({percent(one.unsteered)}, "
+        f"{percent(one.steered)} when steered), steered says {_said(other)} ({percent(other.steered)}, "
         f"{percent(other.unsteered)} when not)."
     )
+
+
+def _said(step: Step) -> str:
+    """A token's text, or its number where it has none of its own (part of a character)."""
+    return repr(figures.visible(step.text)) if step.text else f"token {step.id}, no whole character"
 
 
 def prompt_section(view: PromptView, bank: VectorBank) -> Section:
@@ -161,13 +166,13 @@ def prompt_section(view: PromptView, bank: VectorBank) -> Section:
         )
     text = [
         f"Risk {read.risk:.2f} against a threshold of {read.low:.2f}: {margin_words(read)}.",
-        f"The passage that decided (tokens {first} to {last}): “{view.passage}”. It makes up "
+        f"The passage that decided (tokens {first} to {last}): “{figures.visible(view.passage)}”. It makes up "
         f"{percent(read.parts.passage_share)} of the reading, the ending {percent(read.parts.ending_share)}.",
     ]
     if view.continuations is not None:
         text.append(parting_words(view.continuations))
         parts.append(_steps(view.continuations))
-    return Section("prompt", f"One prompt: “{view.prompt}”", text, parts)
+    return Section("prompt", f"One prompt: “{figures.visible(view.prompt)}”", text, parts)
 
 
 def _topics(read: Readings) -> Table:
@@ -206,5 +211,7 @@ def _steps(found: Continuations) -> Table:
         [Cell(f"{at + 1}", "they part here" if at == found.parts_at else ""), *cells(one), *cells(other)]
         for at, (one, other) in enumerate(aligned(found))
     ]
-    heads = ("token", "unsteered", "p unsteered", "p steered", "steered", "p unsteered", "p steered")
+    heads = (
+        "token", "unsteered", "its p unsteered", "its p steered", "steered", "p unsteered of that", "p steered of that",
+    )  # fmt: skip
     return Table("prompt_answers", "Both answers, token by token", heads, rows, found.to_json())

@@ -28,6 +28,11 @@ def file_name(kind: str, category: str) -> str:
     return f"{kind}_{plain[:60]}{mark}"
 
 
+def column_of(category: str, *taken: str) -> str:
+    """A category as the head of a column, beside columns of these names."""
+    return f"category {category}" if category in taken else category
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A figure: `name` (of its files), `title` (its message), `draw` for a theme, and its data.
@@ -65,7 +70,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under heads; the first cell of a row names it. `name` is that of its data files."""
+    """Rows of cells under heads, no two alike; the first cell of a row names it. `name` is that of its data files."""
 
     name: str
     title: str

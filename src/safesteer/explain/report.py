@@ -3,7 +3,8 @@
     write(study, folder)  ->  explain.html, figures/NAME.svg and .png (light), data/NAME.json and, for tables, .csv
 
 A figure stands in the page as SVG in two variants, of which the reader's colour scheme chooses one. Everything is drawn before
-anything is written, and each file is written atomically, the page last: a page that is there is whole.
+anything is written, and each file is written atomically, the page last and an older one removed first, so that a page
+that is there is whole.
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ def write(
     if view is not None:
         files |= _data("prompt", view.to_json(), ())
     stale = set(_earlier(folder)) - files.keys()
+    # An older page goes first and the new one comes last: where a page is, it belongs to the data beside it.
+    (folder / PAGE).unlink(missing_ok=True)
     for name, content in files.items():
         _write_file(folder / name, content)
     _write_file(folder / INDEX, json.dumps({"files": sorted(files)}, indent=1) + "\n")

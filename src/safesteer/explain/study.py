@@ -196,7 +196,7 @@ def explain_bank(
     for stage in STAGES:
         work.run(stage)
     refusal: RefusalDirection | None = work.done.get("refusal")
-    extra = {"refusal": refusal.directions} if refusal is not None and "refusal" not in bank.categories else None
+    extra = None if refusal is None else {"refusal": refusal.directions}
     return Study(
         bank=bank,
         model=loaded.name,
