@@ -24,6 +24,7 @@ err = Console(stderr=True, highlight=False)
 def print_json(data: Any) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.flush()
 
 
 def note(message: str) -> None:

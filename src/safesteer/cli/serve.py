@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from safesteer.cli import options
-from safesteer.cli.console import note, working
+from safesteer.cli.console import note, print_json, working
 from safesteer.errors import SafeSteerError
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -33,6 +33,10 @@ def serve(
     batch_size: Annotated[int, typer.Option(min=1, max=512, help="Requests answered together, at most.")] = 16,
     most_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get HTTP 429.")] = 256,
     most_tokens: Annotated[int, typer.Option(min=1, help="Tokens that an answer may have, at most.")] = 1024,
+    chat_only: Annotated[
+        bool,
+        typer.Option("--chat-only", help="No /v1/completions, where clients write the whole prompt, turns included."),
+    ] = False,
     model: options.ModelOption = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -42,6 +46,7 @@ def serve(
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
     force: options.Force = False,
+    json: options.AsJson = False,
 ) -> None:
     """Serve a bank's model to OpenAI clients (http://127.0.0.1:8000/v1), steered by the bank's policy or your own."""
     missing = [one for one in NEEDED if find_spec(one) is None]
@@ -64,11 +69,13 @@ def serve(
     with working("Testing that steering reaches the model"):
         engine = TransformersEngine(loaded, opened, batch_size=batch_size, most_waiting=most_waiting, force=force)
     served = name or Path(loaded.name).name
-    limits = Limits(most_tokens=most_tokens, default_tokens=min(256, most_tokens))
+    limits = Limits(most_tokens=most_tokens, default_tokens=min(256, most_tokens), chat_only=chat_only)
     serving = Serving(engine, authority, served, limits, keys)
     names = [served, *(f"{served}{SEPARATOR}{one}" for one in authority.variants)]
 
     def ready() -> None:
+        if json:
+            print_json({"url": f"http://{host}:{port}/v1", "models": names, "policy": authority.policy.name})
         note(
             f"Serving {', '.join(names)} on http://{host}:{port}/v1 (policy {authority.policy.name}, "
             f"{len(opened.categories)} categories; clients may: {authority.clients.may}). Ctrl-C ends."

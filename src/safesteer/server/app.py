@@ -40,7 +40,10 @@ KEEP_ALIVE = 15.0  # seconds between comments in a stream that has nothing to sa
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a request. `context`: tokens of prompt and answer together (None: the model's own)."""
+    """Bounds of a request. `context`: tokens of prompt and answer together (None: the model's own).
+
+    `chat_only`: no completions, in which a client writes the whole prompt itself, turns included.
+    """
 
     most_bytes: int = 1_000_000
     body_seconds: float = 30.0
@@ -48,6 +51,7 @@ class Limits:
     most_tokens: int = 1024
     default_tokens: int = 256
     context: int | None = None
+    chat_only: bool = False
 
 
 @dataclass
@@ -136,8 +140,16 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
+        tokenizer = serving.engine.loaded.tokenizer
+        for message in asked.messages:
+            found = control_token(tokenizer, message.plain()["content"])
+            if found is not None:
+                raise Refused(
+                    400,
+                    f"a message holds {found!r}, which the model takes for the end or beginning of a turn; leave it out",
+                )
         try:
-            prompt = encode(serving.engine.loaded.tokenizer, asked.conversation)
+            prompt = encode(tokenizer, asked.conversation)
         except SafeSteerError as error:
             raise Refused(400, str(error)) from None
         return await _answer(serving, asked, prompt, request, chat=True)
@@ -145,6 +157,8 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
     @app.post("/v1/completions")
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         """Go on from a text."""
+        if serving.limits.chat_only:
+            raise Refused(404, "this server answers chats only; use /v1/chat/completions")
         try:
             ids = tuple(serving.engine.loaded.tokenizer(asked.prompt)["input_ids"])
         except UnicodeEncodeError:
@@ -154,6 +168,11 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
         return await _answer(serving, asked, EncodedPrompt(ids, 0, len(ids)), request, chat=False)
 
     return Guard(app, serving.keys, serving.limits.most_bytes, serving.limits.body_seconds)
+
+
+def control_token(tokenizer: Any, text: str) -> str | None:
+    """A special token that stands in a text word for word, with which a message could fake the turns around it."""
+    return next((token for token in tokenizer.all_special_tokens if token and token in text), None)
 
 
 def _known(request: Request) -> str:
