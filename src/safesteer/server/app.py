@@ -146,7 +146,7 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
             if found is not None:
                 raise Refused(
                     400,
-                    f"a message holds {found!r}, which the model takes for the end or beginning of a turn; leave it out",
+                    f"a message holds {found!r}, by which the model tells turns apart; leave it out",
                 )
         try:
             prompt = encode(tokenizer, asked.conversation)
