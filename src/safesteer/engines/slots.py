@@ -1,0 +1,95 @@
+"""Deltas of many requests at once, for an engine whose batches are flat: tokens of all requests one after the other.
+
+    h[n, l]  <-  h[n, l] + table_l[ index[n] ]        index[n] = 1 + 3 slot(request of n) + kind(n) - 1, or 0: nothing
+
+with the kinds of `safesteer.engines.steering`: 1 prompt, 2 last prompt token, 3 generated. Row 0 of a table is zero. A
+request keeps its slot while it is in the batch; tables and index are buffers that never move, so that compiled graphs read
+what is written later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from safesteer.engines.steering import GENERATED, LAST, PROMPT
+from safesteer.errors import SteeringError
+from safesteer.policy import Plan
+
+ROWS = 3  # kinds of token that can be steered
+
+
+class Slots:
+    """Tables `[1 + 3 slots, width]`, one a layer, and the index `[tokens]` into them."""
+
+    def __init__(
+        self, layers: Sequence[int], width: int, slots: int, tokens: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.tables = {layer: torch.zeros(1 + ROWS * slots, width, dtype=dtype, device=device) for layer in layers}
+        self.index = torch.zeros(tokens, dtype=torch.long, device=device)
+        self._staged = torch.zeros(tokens, dtype=torch.long, pin_memory=self.index.is_cuda)
+        self._free = list(range(slots))[::-1]
+        self._held: dict[str, int | None] = {}
+
+    def fill(
+        self,
+        requests: Sequence[str],
+        counts: np.ndarray,
+        computed: np.ndarray,
+        prompts: np.ndarray,
+        plan_of: Callable[[str], Plan | None],
+    ) -> None:
+        """Before a pass: the flat tokens are `counts[i]` of `requests[i]`, from its position `computed[i]` on.
+
+        `prompts`: tokens of each prompt. `plan_of` is asked once for a request that is new here; None or an empty plan: nothing.
+        """
+        present = set(requests)
+        for gone in [name for name in self._held if name not in present]:
+            slot = self._held.pop(gone)
+            if slot is not None:
+                self._free.append(slot)
+        for name in requests:
+            if name not in self._held:
+                self._held[name] = self._take(plan_of(name))
+        staged = self._staged.numpy()
+        start = 0
+        for name, count, first, prompt in zip(
+            requests, counts.tolist(), computed.tolist(), prompts.tolist(), strict=True
+        ):
+            slot = self._held[name]
+            if slot is None:
+                staged[start : start + count] = 0
+            else:
+                position = np.arange(first, first + count)
+                kinds = np.where(position < prompt - 1, PROMPT, np.where(position == prompt - 1, LAST, GENERATED))
+                staged[start : start + count] = ROWS * slot + kinds
+            start += count
+        staged[start:] = 0
+        self.index.copy_(self._staged, non_blocking=True)
+
+    def clear(self) -> None:
+        """Nothing is steered in the next pass (a dummy run)."""
+        self.index.zero_()
+
+    def _take(self, plan: Plan | None) -> int | None:
+        if plan is None or not plan.deltas:
+            return None
+        absent = [layer for layer in plan.deltas if layer not in self.tables]
+        if absent or plan.pulls:
+            raise SteeringError(f"blocks {absent} cannot be steered here" if absent else "neurons cannot be held here")
+        if not self._free:
+            raise SteeringError("there are more steered requests in the batch than slots")
+        slot = self._free.pop()
+        self._write(slot, plan.deltas)
+        return slot
+
+    def _write(self, slot: int, deltas: Mapping[int, torch.Tensor]) -> None:
+        rows = slice(1 + ROWS * slot, 1 + ROWS * (slot + 1))
+        for layer, table in self.tables.items():
+            delta = deltas.get(layer)
+            if delta is None:
+                table[rows].zero_()
+            else:
+                table[rows] = delta[1 : 1 + ROWS].to(table)
