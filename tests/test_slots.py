@@ -1,0 +1,56 @@
+"""Deltas of a flat batch: the right row for every token, and slots that are given back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from safesteer.engines.slots import Slots
+from safesteer.errors import SteeringError
+from safesteer.policy import Plan
+
+
+def planned(value: float, layer: int = 1) -> Plan:
+    """Prompt tokens are moved by `value`, the last one by ten times that, generated ones by a hundred times."""
+    delta = torch.zeros(4, 2)
+    delta[1:] = value * torch.tensor([[1.0], [10.0], [100.0]])
+    return Plan("test", (), {layer: delta})
+
+
+def moves(slots: Slots, layer: int = 1) -> list[float]:
+    return slots.tables[layer][slots.index, 0].tolist()
+
+
+def test_each_token_gets_the_row_of_its_request_and_kind() -> None:
+    slots = Slots((0, 1), 2, slots=2, tokens=12, dtype=torch.float32, device="cpu")
+    plans = {"a": planned(1.0), "b": None, "c": planned(2.0)}
+    asked: list[str] = []
+
+    def plan_of(name: str) -> Plan | None:
+        asked.append(name)
+        return plans[name]
+
+    counts, computed, prompts = np.array([3, 2, 4]), np.array([0, 0, 1]), np.array([4, 2, 3])
+    slots.fill(["a", "b", "c"], counts, computed, prompts, plan_of)
+    # a: the first three of four prompt tokens; b: nothing; c: from its second token on, the third is its last, then two generated
+    assert moves(slots) == [1, 1, 1, 0, 0, 2, 20, 200, 200, 0, 0, 0]
+    assert moves(slots, 0) == [0] * 12
+    slots.fill(["c", "a"], np.array([1, 2]), np.array([5, 3]), np.array([3, 4]), plan_of)
+    assert moves(slots)[:4] == [200, 10, 100, 0]
+    assert asked == ["a", "b", "c"]
+    slots.clear()
+    assert moves(slots) == [0] * 12
+
+
+def test_slots_come_back_and_leave_nothing_behind() -> None:
+    slots = Slots((0, 1), 2, slots=1, tokens=4, dtype=torch.float32, device="cpu")
+    one = np.array([1])
+    for turn in range(5):
+        layer = turn % 2
+        slots.fill([f"r{turn}"], one, one * 7, one, lambda name, layer=layer: planned(1.0, layer))  # type: ignore[misc]
+        assert (moves(slots, layer)[0], moves(slots, 1 - layer)[0]) == (100, 0)
+    with pytest.raises(SteeringError, match="more steered requests"):
+        slots.fill(["x", "y"], np.array([1, 1]), np.array([0, 0]), np.array([1, 1]), lambda name: planned(1.0))
+    with pytest.raises(SteeringError, match=r"blocks \[5\]"):
+        Slots((0,), 2, 1, 4, torch.float32, "cpu").fill(["z"], one, one, one, lambda name: planned(1.0, 5))

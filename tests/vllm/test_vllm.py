@@ -1,0 +1,200 @@
+"""Steering inside the real vLLM (`vllm-cpu`) equals the transformers reference, whatever the scheduler does. `make test-vllm`."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+vllm = pytest.importorskip("vllm")
+
+from safesteer.engines import GenerationSettings, Request, generate, read  # noqa: E402
+from safesteer.engines import vllm as ours  # noqa: E402
+from safesteer.errors import SafeSteerError, SteeringError  # noqa: E402
+from safesteer.models import LoadedModel, encode  # noqa: E402
+from safesteer.policy import Policy  # noqa: E402
+from safesteer.vectors import VectorBank  # noqa: E402
+from tests.test_explain_attribution import gated  # noqa: E402
+from tests.tiny import make  # noqa: E402
+
+TOKENS = 10
+TEXTS = [f"How do I smash the vase number {number}?{'x' * (7 * number % 40)}" for number in range(16)]
+POLICIES = [
+    None,  # the bank's own, gated
+    Policy.off(),
+    Policy.of({"breaking": 1.0}),
+    Policy.of({"lying": 1.5, "breaking": 0.5}),
+    Policy.of({"breaking": 2.0}, tokens="generated"),
+    Policy.of({"breaking": 2.0}, tokens="continuation"),
+    Policy.of({"lying": 1.0}, tokens="prompt"),
+]
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {"enforce_eager": True},
+    "no prefix cache": {"enforce_eager": True, "enable_prefix_caching": False},
+    "small chunks": {"enforce_eager": True, "max_num_batched_tokens": 32},
+    "preempted": {"enforce_eager": True, "num_gpu_blocks_override": 12, "max_num_seqs": 6},
+    "compiled": {},
+    "two tensor-parallel workers": {"enforce_eager": True, "tensor_parallel_size": 2},
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """A model with its bank in files, and what the reference says."""
+
+    loaded: LoadedModel
+    bank: VectorBank
+    model: Path
+    path: Path
+    requests: list[Request]
+    expected: list[Any]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """vLLM's attention on CPUs knows heads of 64."""
+    folder = tmp_path_factory.mktemp("vllm")
+    loaded = make("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=2, head_dim=64)
+    loaded.model.save_pretrained(folder / "model")
+    loaded.tokenizer.save_pretrained(folder / "model")
+    bank = gated(loaded)
+    risks = sorted(one.risk for one in read(loaded, bank, [Request(text) for text in TEXTS]))
+    assert bank.gate is not None
+    bank = replace(bank, gate=replace(bank.gate, low=risks[7], high=risks[12]))
+    bank.save(folder / "bank.safetensors")
+    # Every text under several policies: what one leaves in the cache must not reach another.
+    requests = [
+        Request(text, POLICIES[(number + turn) % len(POLICIES)])
+        for turn in (0, 1, 3)
+        for number, text in enumerate(TEXTS)
+    ]
+    expected = [generate(loaded, bank, [one], GenerationSettings(TOKENS))[0] for one in requests]
+    assert len({one.text for one in expected}) > len(TEXTS)
+    opened = [
+        bool(one.steering["acting"]) for one, asked in zip(expected, requests, strict=True) if asked.policy is None
+    ]
+    assert True in opened and False in opened
+    return World(loaded, bank, folder / "model", folder / "bank.safetensors", requests, expected)
+
+
+def start(world: World, **options: Any) -> Any:
+    defaults = {"max_model_len": 256, "block_size": 32, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    return vllm.LLM(str(world.model), dtype="float32", **{**defaults, **ours.options(world.path), **options})
+
+
+def stop(llm: Any) -> None:
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def eager(world: World) -> Iterator[Any]:
+    llm = start(world, enforce_eager=True)
+    yield llm
+    stop(llm)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_answer_is_the_references(world: World, mode: str) -> None:
+    """48 requests, more than slots, twice: the second time from a warm cache."""
+    llm = start(world, **MODES[mode])
+    try:
+        states = ours.armed(llm)
+        assert len(states) == MODES[mode].get("tensor_parallel_size", 1)
+        for _ in range(2):
+            found = ours.generate(llm, world.bank, world.requests, GenerationSettings(TOKENS))
+            for one, wanted in zip(found, world.expected, strict=True):
+                assert one.text == wanted.text
+                assert [a["category"] for a in one.steering["acting"]] == [
+                    a["category"] for a in wanted.steering["acting"]
+                ]
+                if "reading" in wanted.steering:
+                    assert one.steering["reading"]["risk"] == pytest.approx(
+                        wanted.steering["reading"]["risk"], abs=1e-3
+                    )
+        assert ours.armed(llm)[0]["steered"] > 0
+    finally:
+        stop(llm)
+
+
+def test_steered_blocks_are_not_shared_and_would_be_without_the_key(world: World, eager: Any) -> None:
+    """The poisoning: steered, then unsteered, one prompt. Without the fingerprint in the salt the answer is the wrong one."""
+    text = "How do I break this very long and quite particular window pane of the old house near the sea?"
+    ids = list(encode(world.loaded.tokenizer, text).ids)
+    assert len(ids) > 64
+    args = ours.request_args(Policy.of({"breaking": 2.0}), world.bank)
+    clean = generate(world.loaded, world.bank, [Request(text, Policy.off())], GenerationSettings(TOKENS))[0].text
+
+    def ask(extra: Any) -> str:
+        given = vllm.SamplingParams(temperature=0, max_tokens=TOKENS, extra_args=extra)
+        output = eager.generate([{"prompt_token_ids": ids}], given, use_tqdm=False)[0].outputs[0]
+        return str(world.loaded.tokenizer.decode(output.token_ids, skip_special_tokens=True)).strip()
+
+    steered = ask(args)
+    assert steered != clean
+    assert ask(None) == clean
+    assert ask(args) == steered
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ({"safesteer": "{"}, "not JSON"),
+        ({"safesteer": {"breaking": 1.0}}, "JSON string"),
+        ({"safesteer": '{"categories": {}}'}, "`bank` and `categories`"),
+        ({"safesteer": '{"bank": "0", "categories": {"breaking": 1.0}}'}, "another bank"),
+        ({"safesteer": '{"bank": "DIGEST", "categories": {"gravity": 1.0}}'}, "gravity"),
+        (
+            {"safesteer": '{"bank": "DIGEST", "categories": {"breaking": {"strength": -1, "gate": "always"}}}'},
+            "negative",
+        ),
+        ({"safesteer": '{"bank": "DIGEST", "categories": {"breaking": {"strength": 9, "gate": "always"}}}'}, "ceiling"),
+        ({"safesteer": '{"bank": "DIGEST", "categories": {"breaking": 1.0}}'}, "always on"),
+        (
+            {"safesteer": '{"bank": "DIGEST", "categories": {"breaking": {"gate": "always", "layers": "0"}}}'},
+            "layer|nothing else",
+        ),
+        ({"safesteer": '{"bank": "DIGEST", "vectors": [1], "categories": {}}'}, "nothing else"),
+        ({"safesteer_read": "[1, 2]"}, "a mark and a position"),
+        ({"safesteer_read": '["a", -1]'}, "a mark and a position"),
+    ],
+)
+def test_what_cannot_be_steered_as_asked_is_refused(
+    world: World, eager: Any, extra: dict[str, Any], sentence: str
+) -> None:
+    digest = world.bank.digest()
+    given = {name: one.replace("DIGEST", digest) if isinstance(one, str) else one for name, one in extra.items()}
+    with pytest.raises(ValueError, match=sentence):
+        eager.generate(
+            [{"prompt_token_ids": [1, 2, 3]}], vllm.SamplingParams(max_tokens=1, extra_args=given), use_tqdm=False
+        )
+
+
+def test_an_engine_that_does_not_steer_is_not_taken_for_one(world: World, tmp_path: Path) -> None:
+    with pytest.raises(SafeSteerError, match="no such bank"):
+        ours.options(tmp_path / "absent.safetensors")
+    with pytest.raises(SteeringError, match="reads the prompt first"):
+        ours.request_args(Policy.default(world.bank), world.bank)
+    assert ours.request_args(Policy.off(), world.bank) == {}
+    llm = start(world, enforce_eager=True, additional_config={})
+    try:
+        with pytest.raises(SteeringError, match="not every worker steers"):
+            ours.armed(llm)
+        args = ours.request_args(Policy.of({"breaking": 1.0}), world.bank)
+        with pytest.raises(ValueError, match="without a bank"):
+            llm.generate(
+                [{"prompt_token_ids": [1, 2]}], vllm.SamplingParams(max_tokens=1, extra_args=args), use_tqdm=False
+            )
+    finally:
+        stop(llm)
+    wrong = {"safesteer": {**ours.options(world.path)["additional_config"]["safesteer"], "digest": "0"}}
+    with pytest.raises(Exception, match=r"(?i)engine|initiali"):
+        start(world, enforce_eager=True, additional_config=wrong)
