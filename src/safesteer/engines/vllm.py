@@ -243,11 +243,12 @@ def _tap(block: torch.nn.Module, states: torch.Tensor) -> None:
 
 def register() -> None:
     """The plugin (entry point `vllm.general_plugins`): patch vLLM's seams, once a process."""
-    import vllm
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.request import Request
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.worker_base import WorkerBase
+
+    import vllm
 
     if getattr(GPUModelRunner, _MARK, False):
         return
