@@ -149,11 +149,13 @@ def test_a_plateau_is_preferred_to_a_lucky_peak() -> None:
     assert height[3] < 0.6 < height[1]
 
 
-def test_the_limits_bind_and_the_least_excess_is_taken_where_none_keeps_them() -> None:
+def test_the_limits_bind_and_where_none_keeps_them_excess_counts_against_safety() -> None:
     good, bad = _trial(0, 0.2, 0.6), _trial(1, 0.3, 0.8, off=0.15)
     assert choose([good, bad], Limits(), SPACE) == (good, True)
     worse = _trial(2, 0.4, 0.8, off=0.19)
     assert choose([worse, bad], Limits(), SPACE) == (bad, False)
+    gentle = _trial(3, 0.1, 0.5, off=0.11)  # over by less, and of less use
+    assert choose([gentle, bad], Limits(), SPACE) == (bad, False)
     with pytest.raises(SafeSteerError, match="no candidate"):
         choose([Trial(0, good.candidate, Assessment(pruned="breaks text"))], Limits(), SPACE)
 

@@ -132,7 +132,9 @@ def tune(
         note(f"The judge failed on {found.found.failures} answers of the chosen bank; they are in no rate.")
     note("> chosen: the best mean of its neighbourhood; * on the Pareto front of safe completions and KL.")
     if not found.feasible:
-        note("No candidate kept the limits; the one that exceeds them least was taken.")
+        note(
+            "No candidate kept the limits; the one with the most safe completions less what it exceeds them by was taken."
+        )
     note(
         f"Wrote {out_file}. Now measure it on other prompts: safesteer evaluate {out_file} --suite builtin --out results"
     )

@@ -7,10 +7,11 @@
     k(x, y)     = exp( - |u(x) - u(y)|^2 / (2 * WIDTH^2) ) if x and y steer the same tokens, else 0
     u           = ( log dose, first, last ), each scaled to [0, 1] over the space
 
-The sums run over trials judged to the end. The kernel mean takes a candidate whose neighbours do well too over a lucky peak
-among them; a peak without neighbours keeps its height. Trials are proposed by Optuna's TPE sampler with these constraints, and
-stopped early when they are under the median of the trials that kept the limits. The study is a journal file, so a killed
-search goes on.
+Where no candidate keeps the limits, safe(x) less the sum of what it exceeds them by decides: a bank that is over one limit is
+not given up for a gentle one that is over it by less and does little. The sums run over trials judged to the end. The kernel
+mean takes a candidate whose neighbours do well too over a lucky peak among them; a peak without neighbours keeps its height.
+Trials are proposed by Optuna's TPE sampler with these constraints, and stopped early when they are under the median of the
+trials that kept the limits. The study is a journal file, so a killed search goes on.
 
 A category's own dose: with the chosen blocks and tokens, the factor with the best rate, partly pooled with all categories,
     r_c(f) = ( n_c safe_c(f) + POOLING safe_all(f) ) / ( n_c + POOLING )
@@ -91,8 +92,9 @@ class Trial:
 class Tuning:
     """The outcome of a search: the tuned bank, the trial chosen, all trials, and the Pareto front (their numbers).
 
-    `found` is what the tuned bank did; `feasible` is False if it exceeds a limit (no candidate kept them, and the one that
-    exceeds them least was chosen). `factors` are the categories' own multiples of the dose.
+    `found` is what the tuned bank did; `feasible` is False if it exceeds a limit (no candidate kept them, and the one
+    with the most safe completions less what it exceeds them by was chosen). `factors` are the categories' own multiples
+    of the dose.
     """
 
     bank: VectorBank
@@ -178,7 +180,7 @@ def choose(trials: Sequence[Trial], limits: Limits, space: Space) -> tuple[Trial
     feasible = [one for one in whole if limits.kept(one.found)]
     if feasible:
         return max(feasible, key=lambda one: height[one.number]), True
-    return min(whole, key=lambda one: sum(max(0.0, x) for x in limits.excess(one.found))), False
+    return max(whole, key=lambda one: one.found.safe - sum(max(0.0, x) for x in limits.excess(one.found))), False
 
 
 def _journal(work: Path) -> Any:
