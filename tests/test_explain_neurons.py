@@ -48,11 +48,11 @@ def sets(harmful: str, harmless: str) -> dict[str, PromptSet]:
     return found
 
 
-def planted() -> LoadedModel:
-    """A Llama without a template, so that the user's last token is the prompt's last. One channel of its residual stream is +2 at
-    `!` and -2 at `.`, 0 at other tokens, and is read by one neuron and by nothing else, written by nothing.
+def told_apart(architecture: str) -> LoadedModel:
+    """A model without a template, so that the user's last token is the prompt's last. One channel of its residual stream is +2 at
+    `!` and -2 at `.`, 0 at other tokens.
     """
-    loaded = make("llama")
+    loaded = make(architecture)
     loaded.tokenizer.chat_template = None
     ids = {text: int(loaded.tokenizer(text)["input_ids"][0]) for text in "!."}
     with torch.no_grad():
@@ -61,6 +61,13 @@ def planted() -> LoadedModel:
         embedding[ids["!"]] = embedding[ids["."]]
         embedding[:, CHANNEL] = 0
         embedding[ids["!"], CHANNEL], embedding[ids["."], CHANNEL] = 2, -2
+    return loaded
+
+
+def planted() -> LoadedModel:
+    """A Llama in which the channel of `told_apart` is read by one neuron and by nothing else, written by nothing."""
+    loaded = told_apart("llama")
+    with torch.no_grad():
         for block in loaded.layout.blocks:
             attention, mlp = block.self_attn, block.mlp
             for reader in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
@@ -182,14 +189,8 @@ def test_every_architecture_is_shown_or_says_why_not(architecture: str) -> None:
 
 def test_a_planted_expert_comes_first_and_survives() -> None:
     """As in `planted`, a channel tells `!` from `.`; only one expert of the last block's router reads it."""
-    loaded = make("mixtral")
-    loaded.tokenizer.chat_template = None
-    ids = {text: int(loaded.tokenizer(text)["input_ids"][0]) for text in "!."}
+    loaded = told_apart("mixtral")
     with torch.no_grad():
-        embedding = loaded.model.get_input_embeddings().weight
-        embedding[ids["!"]] = embedding[ids["."]]
-        embedding[:, CHANNEL] = 0
-        embedding[ids["!"], CHANNEL], embedding[ids["."], CHANNEL] = 2, -2
         for block, router in zip(loaded.layout.blocks, loaded.layout.routers, strict=True):
             attention, experts = block.self_attn, block.mlp.experts
             for reader in (attention.q_proj, attention.k_proj, attention.v_proj, router):
