@@ -167,6 +167,7 @@ def test_steered_blocks_are_not_shared_and_would_be_without_the_key(world: World
         ({"safesteer": '{"bank": "DIGEST", "vectors": [1], "categories": {}}'}, "nothing else"),
         ({"safesteer_read": "[1, 2]"}, "a mark and a position"),
         ({"safesteer_read": '["a", -1]'}, "a mark and a position"),
+        ({"safesteer_read": '["a", 3]'}, "ends before"),
     ],
 )
 def test_what_cannot_be_steered_as_asked_is_refused(

@@ -84,7 +84,11 @@ class Specs:
         self.layers = sorted({layer for name in bank.categories for layer in bank.acting_layers(name)})
 
     def plan(self, spec: Any) -> Plan:
-        """Raises `SafeSteerError` with a sentence for the client."""
+        """What a spec does. Raises as `policy`."""
+        return plan(self.policy(spec), self.bank)
+
+    def policy(self, spec: Any) -> Policy:
+        """The policy of a spec, resolved. Raises `SafeSteerError` with a sentence for the client."""
         if not isinstance(spec, str) or len(spec) > LONGEST:
             raise SteeringError(f"the {NAME} spec must be a JSON string of at most {LONGEST} characters")
         try:
@@ -102,7 +106,7 @@ class Specs:
             raise SteeringError(
                 f"the {NAME} spec may give strengths and tokens of categories, always on, and nothing else"
             )
-        return plan(policy, self.bank)
+        return policy
 
 
 def spec_of(params: Any, name: str = NAME) -> Any:
@@ -203,7 +207,10 @@ class Armed:
                 view.append(states[start : start + count].to("cpu", torch.float32, copy=True))
             if last:
                 del self._views[mark]
-                reading = self._gate.read([torch.stack([torch.cat(view) for view in views])])[0]
+                try:
+                    reading = self._gate.read([torch.stack([torch.cat(view) for view in views])])[0]
+                except SteeringError:  # activations that are not finite: there is no reading, so the request will fail
+                    continue
                 self.readings[mark] = replace(reading, first=first)
                 while len(self.readings) > KEPT:
                     self.readings.pop(next(iter(self.readings)))
@@ -323,7 +330,7 @@ def _processing(original: Any) -> Any:
                 setattr(self, _MARK + "_specs", specs)
             try:
                 if spec is not None:
-                    specs.plan(spec)
+                    specs.policy(spec)
                 if read is not None:
                     read_spec(read)
                     if specs.bank.gate is None or spec is not None:
@@ -332,7 +339,10 @@ def _processing(original: Any) -> Any:
                         )
             except SafeSteerError as error:
                 raise ValueError(str(error)) from None
-        return original(self, request_id, prompt, params, *arguments, **keywords)
+        request = original(self, request_id, prompt, params, *arguments, **keywords)
+        if read is not None and read_spec(read)[1] >= len(request.prompt_token_ids or ()):
+            raise ValueError("the prompt ends before the position that is to be read from")
+        return request
 
     return process_inputs
 

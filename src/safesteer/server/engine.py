@@ -9,6 +9,7 @@ be steered as its policy says fails. Where vLLM serves, its scheduler takes this
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -293,15 +294,17 @@ class TransformersEngine:
         if self._closing:
             return
         self._closing = True
-        while True:
-            try:
-                row = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if row is not None:
-                row.fail("the server is closing")
+        self._fail_waiting()
         self._queue.put(None)
         self._thread.join()
+        self._fail_waiting()  # those that came in between
+
+    def _fail_waiting(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                row = self._queue.get_nowait()
+                if row is not None:
+                    row.fail("the server is closing")
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
@@ -347,19 +350,16 @@ class TransformersEngine:
         try:
             self._generate(rows)
         except Exception as error:  # whatever it is, the thread goes on, and nobody is left waiting
-            begun = [row for row in rows if row.sent or row.done]
-            rest = [row for row in rows if not row.sent and not row.done]
-            known = isinstance(error, SafeSteerError)
-            message = str(error) if known else f"the model failed ({type(error).__name__})"
-            for row in begun if len(rows) > 1 else rows:
-                row.fail(message)
-            if len(rows) > 1:
-                for row in rest:  # one request's trouble is not the others'
+            message = str(error) if isinstance(error, SafeSteerError) else f"the model failed ({type(error).__name__})"
+            for row in rows:
+                if len(rows) > 1 and not row.sent and not row.done:
+                    # One request's trouble is not the others': those that have said nothing yet are answered alone.
                     row.tokens.clear()
                     self._answer([row])
+                else:
+                    row.fail(message)
         for row in rows:
-            if not row.done and not row.handle.aborted and row in rows:
-                row.fail("the answer ended before its time")
+            row.fail("the answer ended before its time")  # nothing, where it is done
 
     @torch.inference_mode()
     def _generate(self, rows: Sequence[_Row]) -> None:
