@@ -469,6 +469,7 @@ def test_models_health_and_metrics(ask: Ask, serving: Serving) -> None:
     assert [one["id"] for one in ask(_path="/v1/models").json()["data"]] == ["tiny", "tiny@strict"]
     assert ask(_path="/v1/models/tiny@strict").json()["id"] == "tiny@strict"
     assert ask(_path="/v1/models/tiny@lax").status_code == 404
+    assert "lax" not in ask(_path="/metrics").text  # what clients make up is no label
     assert ask(_path="/v1/nothing").json()["error"]["message"]
     ask(model="tiny@strict")
     ask(steering={"breaking": 9})

@@ -91,7 +91,7 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
 
     @app.exception_handler(Refused)
     async def _refused(request: Request, error: Refused) -> Response:
-        serving.metrics.requests.labels(request.url.path, str(error.status)).inc()
+        serving.metrics.requests.labels(_known(request), str(error.status)).inc()
         headers = {"retry-after": "1"} if error.status in (429, 503) else {}
         return failed(error.status, str(error), error.kind, **headers)
 
