@@ -154,6 +154,8 @@ def test_a_policy_file_names_variants_and_what_clients_may(bank: VectorBank, tmp
         ("categories: {breaking: 9}", "ceiling"),
         ("variants: {strict: {categories: {breaking: -1}}}", "negative"),
         ("research: true", "research"),
+        ("x: !!int abc", "not valid YAML"),
+        ("categories: [[1]]", "names alone"),
     ]:
         path.write_text(text)
         with pytest.raises(SafeSteerError, match=sentence):
@@ -376,6 +378,8 @@ def test_completions_go_on_from_a_text(ask: Ask, loaded: LoadedModel) -> None:
         ({"steering": {"breaking": True}}, 400, "`steering` must be"),
         ({"steering": "bank.safetensors"}, 400, "`steering` must be"),
         ({"steering": 3}, 400, "`steering` must be"),
+        ({"steering": {"breaking": 10**400}}, 400, "must be a number"),
+        ({"stop": [1] * 100_000}, 400, "stop"),
         ({"model": "tiny@lax"}, 404, "there is tiny, tiny@strict"),
         ({"model": "other"}, 404, "no model"),
         ({"n": 2}, 400, "`n` is not supported"),

@@ -43,7 +43,9 @@ def test_whatever_is_asked_gets_an_answer_or_a_sentence(operations: Operations, 
     @given(operations[label].as_strategy(), strategies.booleans())
     def check(case: Any, ours: bool) -> None:
         if ours and isinstance(case.body, dict):  # else nearly all fail by the model's name
-            case.body = {**case.body, "model": "tiny", "max_tokens": TOKENS}
+            case.body = {**case.body, "model": "tiny", "max_tokens": TOKENS, "steering": None}
+            if isinstance(case.body.get("messages"), list):  # a chat ends with the user's words
+                case.body["messages"] = [*case.body["messages"][:20], {"role": "user", "content": "Smash it?"}]
         response = case.call()
         seen.add(response.status_code)
         assert response.status_code < 500, response.text

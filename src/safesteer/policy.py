@@ -91,6 +91,8 @@ class Policy(BaseModel):
     def _shorthand(cls, value: Any) -> Any:
         """`hate: 0.5` stands for `hate: {strength: 0.5}`; a list of names for strength 1."""
         if isinstance(value, list):
+            if not all(isinstance(name, str) for name in value):
+                raise ValueError("a list of categories holds names alone")
             value = dict.fromkeys(value, 1.0)
         if isinstance(value, dict):
             numbers = (int, float)
@@ -193,7 +195,13 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
     except OSError as error:
         raise PolicyError(f"{path} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # the loader lets some through
         raise PolicyError(f"{path} is not valid YAML ({' '.join(str(error).split())})") from None
 
 

@@ -35,6 +35,7 @@ from safesteer.server.metrics import Metrics
 from safesteer.server.protocol import ChatRequest, CompletionRequest
 
 HEADER = "x-safesteer"
+COLD = 1e-4  # a temperature below it divides logits beyond what floats hold, and is greedy in all but name
 KEEP_ALIVE = 15.0  # seconds between comments in a stream that has nothing to say
 
 
@@ -172,7 +173,9 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
 
 def control_token(tokenizer: Any, text: str) -> str | None:
     """A special token that stands in a text word for word, with which a message could fake the turns around it."""
-    return next((token for token in tokenizer.all_special_tokens if token and token in text), None)
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {*tokenizer.all_special_tokens, *(str(one) for one in added if one.special)}
+    return next((token for token in sorted(special) if token and token in text), None)
 
 
 def _known(request: Request) -> str:
@@ -211,6 +214,8 @@ def _job(serving: Serving, asked: ChatRequest | CompletionRequest, prompt: Encod
         serving.metrics.refused.inc()
         raise Refused(400, str(error)) from None
     temperature = 1.0 if asked.temperature is None else float(asked.temperature)
+    if temperature < COLD:
+        temperature = 0.0
     top_p = 1.0 if asked.top_p is None else float(asked.top_p)
     seed = None if asked.seed is None else asked.seed % 2**63
     return Job(prompt, policy, min(most, room), temperature, top_p, seed, asked.stops)

@@ -33,6 +33,7 @@ from safesteer.vectors import VectorBank
 May = Literal["raise", "any", "none"]
 SEPARATOR = "@"
 MOST_NAMED = 64  # categories in one request
+FARTHEST = 1e6  # no number beyond it is a strength
 
 
 class Clients(BaseModel):
@@ -112,7 +113,7 @@ class Authority:
         return policy.model_copy(update={"name": f"{policy.name}+client", "categories": categories}).resolved(self.bank)
 
     def _strength(self, category: str, strength: Any, own: CategoryPolicy | None) -> CategoryPolicy:
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not -FARTHEST < strength < FARTHEST:
             raise PolicyError(f"{category}: the strength must be a number")
         most = min(self.bank.strength_ceiling, math.inf if self.clients.most is None else self.clients.most)
         least = own.strength if own is not None and self.clients.may == "raise" else 0.0

@@ -26,6 +26,7 @@ from safesteer.activations import pad
 from safesteer.engines import Steerer
 from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import EncodedPrompt, LoadedModel
+from safesteer.models.layout import text_config
 from safesteer.models.selftest import check_site
 from safesteer.policy import Plan, Policy
 from safesteer.vectors import VectorBank
@@ -264,6 +265,7 @@ class TransformersEngine:
                 raise SteeringError(f"steering does not reach block {layer} of this model; run `safesteer doctor`")
         self._queue: queue.Queue[_Row | None] = queue.Queue(most_waiting)
         self._left: deque[_Row] = deque()  # taken from the queue, too much for the batch
+        self._context = getattr(text_config(loaded.model), "max_position_embeddings", None) or BATCH_TOKENS
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="safesteer-engine", daemon=True)
         self._thread.start()
@@ -333,16 +335,17 @@ class TransformersEngine:
                     break
                 self._left.append(more)
             rows: list[_Row] = []
-            width = 0
+            prompt = most = 0
             while self._left and len(rows) < self._batch_size:
                 row = self._left[0]
-                needs = max(width, len(row.job.prompt) + row.job.max_tokens)
-                if rows and needs * (len(rows) + 1) > BATCH_TOKENS:
+                # All rows are padded to the longest prompt and go on to the longest answer.
+                longer, further = max(prompt, len(row.job.prompt)), max(most, row.job.max_tokens)
+                if rows and ((longer + further) * (len(rows) + 1) > BATCH_TOKENS or longer + further > self._context):
                     break
                 self._left.popleft()
                 if not row.handle.aborted:
                     rows.append(row)
-                    width = needs
+                    prompt, most = longer, further
             if rows:
                 return rows
 

@@ -33,7 +33,7 @@ class Keys:
         if path is None:
             return cls()
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise SafeSteerError(f"{path} cannot be read as a file of keys ({error})") from None
         keys = [line for line in lines if line and not line.startswith("#")]

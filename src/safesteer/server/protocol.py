@@ -14,6 +14,7 @@ from safesteer.models import Conversation
 
 Number = StrictFloat | StrictInt
 MOST_STOPS = 4
+MOST_PARTS = 64  # of a message
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # field -> the values that ask for nothing
     "n": (1,),
     "best_of": (1,),
@@ -50,7 +51,7 @@ class _Asked(BaseModel):
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     steering: Literal["off"] | dict[str, Number] | None = Field(
@@ -91,7 +92,7 @@ class Message(BaseModel):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS)]
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""

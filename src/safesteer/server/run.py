@@ -41,7 +41,7 @@ def reload(serving: Serving, path: Path, say: Callable[[str], None]) -> bool:
     """Put the policy file's present content in place. False, and a sentence by `say`, where it cannot be used."""
     try:
         serving.authority = Authority.of(serving.engine.bank, path)
-    except SafeSteerError as error:
+    except Exception as error:  # whatever a file can hold, the watch goes on
         serving.metrics.reloads.labels("refused").inc()
         say(f"The policy file was not reloaded: {error}.")
         return False
@@ -50,12 +50,12 @@ def reload(serving: Serving, path: Path, say: Callable[[str], None]) -> bool:
     return True
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 async def watch(serving: Serving, path: Path, say: Callable[[str], None], every: float = LOOK) -> None:
