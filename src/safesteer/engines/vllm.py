@@ -59,29 +59,29 @@ def options(bank: str | Path) -> dict[str, Any]:
 
 def request_args(policy: Policy, bank: VectorBank) -> dict[str, Any]:
     """`SamplingParams(extra_args=...)` for a policy without gates. Raises `PolicyError` and others, as `Policy.resolved`."""
-    resolved = policy.resolved(bank)
-    if resolved.gated:
-        raise SteeringError(
-            "a gated policy reads the prompt first; inside vLLM give the strengths that its gate decided"
-        )
-    acting = {name: how for name, how in resolved.categories.items() if how.strength}
-    if not acting:
-        return {}
-    spec = {
-        "bank": bank.digest(),
-        "categories": {
-            name: {"strength": how.strength, "tokens": how.tokens, "gate": "always"} for name, how in acting.items()
-        },
-    }
-    return {NAME: json.dumps(spec, sort_keys=True)}
+    return Specs(bank).args(policy)
 
 
 class Specs:
-    """Specs against a bank: from a string to a plan, in one way everywhere."""
+    """Specs against a bank: from a policy to a string, and from that to a plan, in one way everywhere."""
 
     def __init__(self, bank: VectorBank) -> None:
         self.bank, self.digest = bank, bank.digest()
-        self.layers = sorted({layer for name in bank.categories for layer in bank.acting_layers(name)})
+        self.layers = bank.acting
+
+    def args(self, policy: Policy) -> dict[str, Any]:
+        """See `request_args`; the digest of the bank is not made anew for each request."""
+        resolved = policy.resolved(self.bank)
+        if resolved.gated:
+            raise SteeringError(
+                "a gated policy reads the prompt first; inside vLLM give the strengths that its gate decided"
+            )
+        categories = {
+            name: {"strength": how.strength, "tokens": how.tokens, "gate": "always"}
+            for name, how in resolved.categories.items()
+            if how.strength
+        }
+        return {NAME: json.dumps({"bank": self.digest, "categories": categories}, sort_keys=True)} if categories else {}
 
     def plan(self, spec: Any) -> Plan:
         """What a spec does. Raises as `policy`."""
@@ -415,12 +415,13 @@ def generate(
                 **{**found, "categories": tuple(found["categories"]), "tokens": tuple(found["tokens"])}
             )
     plans = [plan(policy, bank, reading) for policy, reading in zip(policies, readings, strict=True)]
+    specs = Specs(bank)
     parameters = [
         SamplingParams(
             max_tokens=chosen.max_new_tokens,
             temperature=chosen.temperature,
             seed=chosen.seed if chosen.temperature else None,
-            extra_args=request_args(decided(policy, one), bank) or None,
+            extra_args=specs.args(decided(policy, one)) or None,
         )
         for policy, one in zip(policies, plans, strict=True)
     ]

@@ -83,7 +83,7 @@ def cosines(found: CosineMap, *, before: bool = False, random: bool = False) -> 
 def doses(bank: VectorBank) -> str:
     """Where a bank acts, and how strongly."""
     totals = sorted({round(bank.dose(name), 3) for name in bank.categories})
-    acting = sorted({layer for name in bank.categories for layer in bank.acting_layers(name)})
+    acting = bank.acting
     if not acting:
         return "This bank acts nowhere by default"
     span = f"block {acting[0]}" if len(acting) == 1 else f"blocks {acting[0]} to {acting[-1]}"

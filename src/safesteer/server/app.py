@@ -85,6 +85,8 @@ class Refused(Exception):  # noqa: N818 - an answer, not a fault
 
 def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None) -> Guard:
     """The ASGI application."""
+    tokenizer = serving.engine.loaded.tokenizer
+    control = control_tokens(tokenizer)
     app = FastAPI(title="SafeSteer", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
 
     def failed(status: int, message: str, kind: str = "invalid_request_error", **headers: str) -> JSONResponse:
@@ -141,9 +143,9 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
-        tokenizer = serving.engine.loaded.tokenizer
         for message in asked.messages:
-            found = control_token(tokenizer, message.plain()["content"])
+            content = message.plain()["content"]
+            found = next((token for token in control if token in content), None)
             if found is not None:
                 raise Refused(
                     400,
@@ -161,7 +163,7 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
         if serving.limits.chat_only:
             raise Refused(404, "this server answers chats only; use /v1/chat/completions")
         try:
-            ids = tuple(serving.engine.loaded.tokenizer(asked.prompt)["input_ids"])
+            ids = tuple(tokenizer(asked.prompt)["input_ids"])
         except UnicodeEncodeError:
             raise Refused(400, "the prompt holds half a character (an unpaired surrogate); mend the text") from None
         if not ids:
@@ -171,11 +173,12 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
     return Guard(app, serving.keys, serving.limits.most_bytes, serving.limits.body_seconds)
 
 
-def control_token(tokenizer: Any, text: str) -> str | None:
-    """A special token that stands in a text word for word, with which a message could fake the turns around it."""
+def control_tokens(tokenizer: Any) -> list[str]:
+    """The special tokens, which a message that holds one word for word could fake the turns around it with."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    special = {*tokenizer.all_special_tokens, *(str(one) for one in added if one.special)}
-    return next((token for token in sorted(special) if token and token in text), None)
+    return sorted(
+        {token for token in (*tokenizer.all_special_tokens, *(str(one) for one in added if one.special)) if token}
+    )
 
 
 def _known(request: Request) -> str:

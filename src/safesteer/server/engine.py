@@ -259,7 +259,7 @@ class TransformersEngine:
     ) -> None:
         self.loaded, self.bank, self._batch_size = loaded, bank, batch_size
         self._steerer = Steerer(loaded, bank, Policy.off(), force=force)
-        acting = sorted({layer for name in bank.categories for layer in bank.acting_layers(name)}) or list(bank.layers)
+        acting = bank.acting or list(bank.layers)
         for layer in (acting[0], acting[-1]):
             if not check_site(loaded, bank.site, layer).passed:
                 raise SteeringError(f"steering does not reach block {layer} of this model; run `safesteer doctor`")

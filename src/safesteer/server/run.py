@@ -114,9 +114,8 @@ def serve(
         timeout_graceful_shutdown=DRAIN, limit_concurrency=2048, server_header=False, lifespan="on",
     )  # fmt: skip
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # uvicorn raises it again once all is ended, and that is no failure
+        # uvicorn raises it again once all is ended, and that is no failure
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         _Server(config, serving).run()
     except SystemExit:

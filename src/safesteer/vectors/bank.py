@@ -80,6 +80,11 @@ class VectorBank:
         doses = self.doses[self.index(category)]
         return tuple(layer for layer, dose in zip(self.layers, doses.tolist(), strict=True) if dose != 0)
 
+    @property
+    def acting(self) -> list[int]:
+        """The layers (0-based) where any category acts by default, in order."""
+        return sorted({layer for name in self.categories for layer in self.acting_layers(name)})
+
     def dose(self, category: str) -> float:
         """The category's relative dose at strength 1, summed over the layers where it acts."""
         return float(self.doses[self.index(category)].sum())
