@@ -161,8 +161,8 @@ def test_steered_blocks_are_not_shared_and_would_be_without_the_key(world: World
         ({"safesteer": '{"bank": "DIGEST", "categories": {"breaking": {"strength": 9, "gate": "always"}}}'}, "ceiling"),
         ({"safesteer": '{"bank": "DIGEST", "categories": {"breaking": 1.0}}'}, "always on"),
         (
-            {"safesteer": '{"bank": "DIGEST", "categories": {"breaking": {"gate": "always", "layers": "0"}}}'},
-            "layer|nothing else",
+            {"safesteer": '{"bank": "DIGEST", "categories": {"breaking": {"gate": "always", "layers": "1"}}}'},
+            "cannot name `layers`",
         ),
         ({"safesteer": '{"bank": "DIGEST", "vectors": [1], "categories": {}}'}, "nothing else"),
         ({"safesteer_read": "[1, 2]"}, "a mark and a position"),
@@ -186,6 +186,10 @@ def test_an_engine_that_does_not_steer_is_not_taken_for_one(world: World, tmp_pa
         ours.options(tmp_path / "absent.safetensors")
     with pytest.raises(SteeringError, match="reads the prompt first"):
         ours.request_args(Policy.default(world.bank), world.bank)
+    with pytest.raises(SteeringError, match="cannot name `layers`"):
+        ours.request_args(
+            Policy.parse({"categories": {"breaking": {"layers": "1", "gate": "always"}}}, "p"), world.bank
+        )
     assert ours.request_args(Policy.off(), world.bank) == {}
     llm = start(world, enforce_eager=True, additional_config={})
     try:

@@ -76,6 +76,7 @@ class Specs:
             raise SteeringError(
                 "a gated policy reads the prompt first; inside vLLM give the strengths that its gate decided"
             )
+        self._check(resolved)
         categories = {
             name: {"strength": how.strength, "tokens": how.tokens, "gate": "always"}
             for name, how in resolved.categories.items()
@@ -100,13 +101,17 @@ class Specs:
         if data["bank"] != self.digest:
             raise SteeringError(f"the {NAME} spec is for another bank than the one that is served")
         policy = Policy.parse({"name": "request", "categories": data["categories"]}, NAME).resolved(self.bank)
-        if policy.gated or any(
-            how.layers is not None or how.site != "directions" for how in policy.categories.values()
-        ):
-            raise SteeringError(
-                f"the {NAME} spec may give strengths and tokens of categories, always on, and nothing else"
-            )
+        if policy.gated:
+            raise SteeringError(f"the {NAME} spec must have its categories always on")
+        self._check(policy)
         return policy
+
+    @staticmethod
+    def _check(policy: Policy) -> None:
+        """Raise `SteeringError` for what a policy may ask for elsewhere and not here."""
+        for name, how in policy.categories.items():
+            if how.strength and (how.layers is not None or how.site != "directions"):
+                raise SteeringError(f"{name}: inside vLLM a policy cannot name `layers` or `site`; leave them out")
 
 
 def spec_of(params: Any, name: str = NAME) -> Any:
@@ -370,12 +375,34 @@ def armed(llm: Any) -> list[dict[str, Any]]:
     try:
         states: list[dict[str, Any]] = llm.collective_rpc("safesteer_state")
     except Exception as error:
-        raise SteeringError(
-            f"a worker has no SafeSteer plugin ({type(error).__name__}); is safesteer installed there?"
-        ) from None
+        raise _no_plugin(error) from None
+    return all_armed(states)
+
+
+def all_armed(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What every worker says of itself (`safesteer_state`), if all steer by one bank. Raises `SteeringError`."""
     if not states or not all(one["armed"] for one in states) or len({one["bank"] for one in states}) != 1:
         raise SteeringError("not every worker steers; start the engine with safesteer.engines.vllm.options(BANK)")
     return states
+
+
+def _no_plugin(error: Exception) -> SteeringError:
+    return SteeringError(f"a worker has no SafeSteer plugin ({type(error).__name__}); is safesteer installed there?")
+
+
+def reading_params(mark: str, first: int) -> Any:
+    """`SamplingParams` of the request that reads a prompt: unsteered, one token, every block computed anew."""
+    from vllm import SamplingParams
+
+    read = {READ: json.dumps([mark, first])}
+    return SamplingParams(max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True, extra_args=read)
+
+
+def reading_of(found: dict[str, Any] | None) -> Reading:
+    """A reading from a worker's plain data (`safesteer_readings`). Raises `SteeringError` where there is none."""
+    if found is None:
+        raise SteeringError("a prompt was not read, so it is not known whether to steer it")
+    return Reading(**{**found, "categories": tuple(found["categories"]), "tokens": tuple(found["tokens"])})
 
 
 def generate(
@@ -399,21 +426,11 @@ def generate(
     if gated:
         marks = [uuid.uuid4().hex for _ in gated]
         asked = [
-            SamplingParams(
-                max_tokens=1,
-                temperature=0.0,
-                skip_reading_prefix_cache=True,
-                extra_args={READ: json.dumps([mark, turn_start(prompts[index], markers)])},
-            )
-            for mark, index in zip(marks, gated, strict=True)
+            reading_params(mark, turn_start(prompts[index], markers)) for mark, index in zip(marks, gated, strict=True)
         ]
         llm.generate([given[index] for index in gated], asked, use_tqdm=False)
         for index, found in zip(gated, llm.collective_rpc("safesteer_readings", args=(marks,))[0], strict=True):
-            if found is None:
-                raise SteeringError("a prompt was not read, so it is not known whether to steer it")
-            readings[index] = Reading(
-                **{**found, "categories": tuple(found["categories"]), "tokens": tuple(found["tokens"])}
-            )
+            readings[index] = reading_of(found)
     plans = [plan(policy, bank, reading) for policy, reading in zip(policies, readings, strict=True)]
     specs = Specs(bank)
     parameters = [
