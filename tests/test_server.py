@@ -25,11 +25,13 @@ from safesteer.errors import PolicyError, SafeSteerError, SteeringError
 from safesteer.models import EncodedPrompt, LoadedModel, encode
 from safesteer.policy import Policy
 from safesteer.server import engine as engines
+from safesteer.server import on_transformers
 from safesteer.server import run as running
 from safesteer.server.app import HEADER, Limits, Serving, make_app
 from safesteer.server.authority import Authority, Clients
-from safesteer.server.engine import BusyError, Done, Event, Failed, Handle, Job, Piece, TransformersEngine, answer
+from safesteer.server.engine import BusyError, Done, Event, Failed, Handle, Job, Piece, answer
 from safesteer.server.guard import Keys
+from safesteer.server.on_transformers import TransformersEngine
 from safesteer.vectors import VectorBank
 from tests.test_explain_attribution import gated
 from tests.tiny import bank_for, make
@@ -226,7 +228,7 @@ def test_a_seed_makes_an_answer_whoever_shares_the_batch(loaded: LoadedModel, ba
 def fed(pieces: list[str], *stop: str, most: int = 99) -> tuple[list[str], str | None]:
     """The pieces delivered, token by token, and why the answer ended; `$` is the token that ends a text."""
     events: list[Event] = []
-    row = engines._Row(Job(EncodedPrompt((1,), 0, 1), Policy.off(), most, stop=stop), events.append, Handle())
+    row = engines.Row(Job(EncodedPrompt((1,), 0, 1), Policy.off(), most, stop=stop), events.append, Handle())
     for place, piece in enumerate(pieces):
         row.feed(-1 if piece == "$" else place, {-1}, lambda ids: "".join(pieces[one] for one in ids))
     reasons = [one.reason for one in events if isinstance(one, Done)]
@@ -246,10 +248,38 @@ def test_stop_words_never_show_even_in_part() -> None:
 def test_half_a_character_waits_for_the_other() -> None:
     halves = {(0,): "\ufffd", (0, 1): "é"}
     events: list[Event] = []
-    row = engines._Row(Job(EncodedPrompt((1,), 0, 1), Policy.off(), 2), events.append, Handle())
+    row = engines.Row(Job(EncodedPrompt((1,), 0, 1), Policy.off(), 2), events.append, Handle())
     for token in (0, 1):
         row.feed(token, set(), lambda ids: halves[tuple(ids)])
     assert [one.text for one in events if isinstance(one, Piece)] == ["é"]
+
+
+def test_a_long_answer_is_decoded_in_pieces_and_is_the_same(loaded: LoadedModel) -> None:
+    """Bytes of letters of up to four of them, cut anywhere: text is settled as it comes, and is that of all tokens at once."""
+    text = "Wie größer 🙂 — 日本語 и так далее. " * 12
+    ids = loaded.tokenizer(text)["input_ids"]
+    decoded: list[int] = []
+
+    def decode(some: list[int]) -> str:
+        decoded.append(len(some))
+        return str(loaded.tokenizer.decode(some))
+
+    events: list[Event] = []
+    row = engines.Row(Job(EncodedPrompt((1,), 0, 1), Policy.off(), len(ids)), events.append)
+    for token in ids:
+        row.feed(token, set(), decode)
+    assert "".join(one.text for one in events if isinstance(one, Piece)) == text
+    assert len(ids) > 400 and max(decoded) < 100
+
+
+def test_a_tokenizer_that_changes_its_mind_is_followed() -> None:
+    """A space before a full stop goes away when the stop comes."""
+    events: list[Event] = []
+    row = engines.Row(Job(EncodedPrompt((1,), 0, 1), Policy.off(), 200), events.append)
+    words = ["w "] * 64 + ["."]
+    for place in range(65):
+        row.feed(place, set(), lambda ids: "".join(words[one] for one in ids).replace(" .", "."))
+    assert row.text == "w " * 63 + "w."
 
 
 def test_trouble_of_one_row_is_not_the_others(
@@ -299,9 +329,10 @@ def test_a_full_queue_says_so_and_an_abort_is_silent(loaded: LoadedModel, bank: 
         made.submit(job, print)
     assert made.waiting == 1
     waits.abort()
+    assert made.waiting == 0  # its place is free at once
+    third = made.submit(job, seen.append)
+    third.abort()
     hold.set()
-    while made.waiting:
-        time.sleep(0.01)
     assert answer(made, job, 20).tokens == 2
     made.close()
     assert seen == []
@@ -310,8 +341,8 @@ def test_a_full_queue_says_so_and_an_abort_is_silent(loaded: LoadedModel, bank: 
 def test_a_model_that_steering_does_not_reach_is_not_served(
     loaded: LoadedModel, bank: VectorBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = engines.check_site
-    monkeypatch.setattr(engines, "check_site", lambda *given: replace(real(*given), passed=False))
+    real = on_transformers.check_site
+    monkeypatch.setattr(on_transformers, "check_site", lambda *given: replace(real(*given), passed=False))
     with pytest.raises(SteeringError, match="doctor"):
         TransformersEngine(loaded, bank)
     with pytest.raises(SafeSteerError, match="another model"):
@@ -411,6 +442,40 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(
     assert "choices" not in response.json()
 
 
+def test_a_client_that_leaves_while_it_waits_takes_its_request_along(
+    serving: Serving, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aborted: list[bool] = []
+
+    class Slow:
+        bank, tokenizer, context, alive, waiting = engine.bank, engine.tokenizer, 512, True, 0
+
+        def submit(self, job: Job, deliver: Callable[[Event], None]) -> Handle:
+            handle = Handle()
+            handle.on_abort = lambda: aborted.append(True)
+            return handle
+
+    app = make_app(replace(serving, engine=Slow()))  # type: ignore[arg-type]
+    body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "a"}]}).encode()
+    given = [{"type": "http.request", "body": body, "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return given.pop() if given else {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b""}
+    asyncio.run(
+        app({**scope, "headers": headers, "client": ("t", 1), "server": ("t", 80), "scheme": "http"}, receive, send)
+    )
+    assert aborted == [True] and sent[0]["status"] == 499
+    text = serving.metrics.text().decode()
+    assert 'status="499"} 1.0' in text and "failed_answers_total 0.0" in text
+
+
 @pytest.mark.parametrize(
     "raw", [b"", b"{", b"[]", b"null", b'{"model": NaN}', b'"x"', b"\xff", b'{"model":"tiny","messages":1e999}']
 )
@@ -457,6 +522,9 @@ def test_key_files_are_read_and_refused(tmp_path: Path) -> None:
     keys = Keys.of(path)
     assert keys.admit("Bearer first") and keys.admit("bearer second") and not keys.admit("Bearer # ours")
     assert not keys.admit(None) and Keys().admit(None) and not Keys()
+    path.write_text("schlüssel\n", encoding="utf-8")
+    with pytest.raises(SafeSteerError, match="plain ASCII"):
+        Keys.of(path)
     path.write_text("# none\n")
     with pytest.raises(SafeSteerError, match="holds no key"):
         Keys.of(path)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies  # noqa: E402
 from safesteer.policy import Policy  # noqa: E402
 from safesteer.server.app import Limits, Serving, make_app  # noqa: E402
 from safesteer.server.authority import Authority, Clients  # noqa: E402
-from safesteer.server.engine import TransformersEngine  # noqa: E402
+from safesteer.server.on_transformers import TransformersEngine  # noqa: E402
 from tests.tiny import bank_for, make  # noqa: E402
 
 TOKENS = 3

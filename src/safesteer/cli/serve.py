@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,10 +13,36 @@ from safesteer.cli import options
 from safesteer.cli.console import note, print_json, working
 from safesteer.errors import SafeSteerError
 
+if TYPE_CHECKING:
+    from safesteer.server.engine import Engine
+    from safesteer.vectors import VectorBank
+
+ENGINES = ("auto", "vllm", "transformers")
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
+def _vllm(
+    path: Path, bank: VectorBank, model: str, revision: str | None, given: list[str], most_waiting: int,
+    trust_remote_code: bool, force: bool,
+) -> Engine:  # fmt: skip
+    """vLLM with the bank's model. Its log goes to standard error, and starts at warnings."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if find_spec("vllm") is None:
+        raise SafeSteerError("--engine vllm needs vLLM; install it with pip install 'safesteer[vllm]'")
+    from safesteer.models.files import model_files
+    from safesteer.server.on_vllm import VllmEngine, arguments
+
+    with working(f"Reading {model}") as say:
+        files = model_files(model, revision, trust_remote_code, say)
+        bank.check(files.fingerprint(bank.model.weights), force)
+    with working("Starting vLLM, and testing that steering reaches the model"):
+        chosen = arguments(path, files.folder, given, trust_remote_code)
+        return VllmEngine(chosen, bank, files.tokenizer, set(files.stop_ids), most_waiting=most_waiting)
+
+
 def serve(
+    context: typer.Context,
     bank: options.BankArgument,
     policy: Annotated[
         Path | None,
@@ -30,7 +57,14 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="File with an API key a line.")] = None,
     name: Annotated[str | None, typer.Option("--served-model-name", help="What clients call the model.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=512, help="Requests answered together, at most.")] = 16,
+    engine: Annotated[
+        str,
+        typer.Option(help="vllm, transformers, or auto: vLLM where it is installed. vLLM's own options are passed on."),
+    ] = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, max=512, help="Requests answered together, at most (16); vLLM: --max-num-seqs."),
+    ] = None,
     most_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get HTTP 429.")] = 256,
     most_tokens: Annotated[int, typer.Option(min=1, help="Tokens that an answer may have, at most.")] = 1024,
     chat_only: Annotated[
@@ -55,22 +89,52 @@ def serve(
     from safesteer.server import run
     from safesteer.server.app import Limits, Serving
     from safesteer.server.authority import SEPARATOR, Authority
-    from safesteer.server.engine import TransformersEngine
     from safesteer.server.guard import Keys
     from safesteer.vectors import VectorBank
 
+    if engine not in ENGINES:
+        raise SafeSteerError(f"--engine {engine!r} is not known; use {', '.join(ENGINES)}")
+    passed_on = list(context.args)
+    on_vllm = engine == "vllm" or (engine == "auto" and find_spec("vllm") is not None)
+    if not on_vllm and passed_on:
+        raise SafeSteerError(f"{passed_on[0]} is no option of safesteer serve; vLLM's own are taken with --engine vllm")
     opened = VectorBank.load(bank)
     authority, keys = Authority.of(opened, policy), Keys.of(api_key_file)
     run.check_host(host, bool(keys))
-    loaded = options.load_for(
-        opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
-        trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
-    )  # fmt: skip
-    with working("Testing that steering reaches the model"):
-        engine = TransformersEngine(loaded, opened, batch_size=batch_size, most_waiting=most_waiting, force=force)
-    served = name or Path(loaded.name).name
+    chosen = model or opened.provenance.get("model")
+    if not chosen:
+        raise SafeSteerError("the bank does not name its model; give --model")
+    running: Engine
+    if on_vllm:
+        unused = {"--device": device, "--device-map": device_map, "--4bit": load_4bit, "--8bit": load_8bit}
+        given = [name for name, value in unused.items() if value]
+        if given:
+            raise SafeSteerError(f"{given[0]} is for --engine transformers; vLLM has options of its own")
+        own = model is None and chosen != "embedded"
+        running = _vllm(
+            bank, opened, chosen, opened.provenance.get("revision") if own and revision is None else revision,
+            [*(["--dtype", dtype] if dtype else []), *passed_on], most_waiting, trust_remote_code, force,
+        )  # fmt: skip
+    else:
+        from safesteer.server.on_transformers import BATCH_SIZE, TransformersEngine
+
+        loaded = options.load_for(
+            opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
+            trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
+        )  # fmt: skip
+        with working("Testing that steering reaches the model"):
+            running = TransformersEngine(
+                loaded, opened, batch_size=batch_size or BATCH_SIZE, most_waiting=most_waiting, force=force
+            )
+    try:
+        for one in authority.policies:
+            running.check(one)
+    except SafeSteerError:
+        running.close()
+        raise
+    served = name or Path(chosen).name
     limits = Limits(most_tokens=most_tokens, default_tokens=min(256, most_tokens), chat_only=chat_only)
-    serving = Serving(engine, authority, served, limits, keys)
+    serving = Serving(running, authority, served, limits, keys)
     names = [served, *(f"{served}{SEPARATOR}{one}" for one in authority.variants)]
 
     def ready() -> None:

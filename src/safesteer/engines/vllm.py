@@ -76,7 +76,7 @@ class Specs:
             raise SteeringError(
                 "a gated policy reads the prompt first; inside vLLM give the strengths that its gate decided"
             )
-        self._check(resolved)
+        self.check(resolved)
         categories = {
             name: {"strength": how.strength, "tokens": how.tokens, "gate": "always"}
             for name, how in resolved.categories.items()
@@ -103,11 +103,11 @@ class Specs:
         policy = Policy.parse({"name": "request", "categories": data["categories"]}, NAME).resolved(self.bank)
         if policy.gated:
             raise SteeringError(f"the {NAME} spec must have its categories always on")
-        self._check(policy)
+        self.check(policy)
         return policy
 
     @staticmethod
-    def _check(policy: Policy) -> None:
+    def check(policy: Policy) -> None:
         """Raise `SteeringError` for what a policy may ask for elsewhere and not here."""
         for name, how in policy.categories.items():
             if how.strength and (how.layers is not None or how.site != "directions"):
@@ -375,7 +375,7 @@ def armed(llm: Any) -> list[dict[str, Any]]:
     try:
         states: list[dict[str, Any]] = llm.collective_rpc("safesteer_state")
     except Exception as error:
-        raise _no_plugin(error) from None
+        raise no_plugin(error) from None
     return all_armed(states)
 
 
@@ -386,7 +386,8 @@ def all_armed(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return states
 
 
-def _no_plugin(error: Exception) -> SteeringError:
+def no_plugin(error: Exception) -> SteeringError:
+    """What to raise where a worker does not know `safesteer_state`."""
     return SteeringError(f"a worker has no SafeSteer plugin ({type(error).__name__}); is safesteer installed there?")
 
 

@@ -73,6 +73,13 @@ class Fingerprint:
         return found
 
 
+def sampled(parameter: torch.Tensor) -> tuple[float, ...]:
+    """Evenly spaced values of a parameter."""
+    flat = parameter.detach().reshape(-1)
+    positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    return tuple(flat[positions.to(flat.device)].float().cpu().tolist())
+
+
 def fingerprint(loaded: LoadedModel) -> Fingerprint:
     """The fingerprint of a loaded model; reads a few hundred values, so it takes milliseconds."""
     # Chosen by name alone, so that a quantised model offers the same names, less the quantised ones.
@@ -85,9 +92,7 @@ def fingerprint(loaded: LoadedModel) -> Fingerprint:
         name, parameter = parameters[index]
         if not parameter.is_floating_point() or parameter.device.type == "meta" or parameter.numel() == 0:
             continue
-        flat = parameter.detach().reshape(-1)
-        positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-        weights[name] = tuple(flat[positions.to(flat.device)].float().cpu().tolist())
+        weights[name] = sampled(parameter)
     return Fingerprint(
         architecture=type(loaded.model).__name__,
         layers=loaded.layout.depth,

@@ -70,9 +70,7 @@ class Serving:
     @property
     def context(self) -> int:
         """Tokens of prompt and answer together, at most."""
-        config = getattr(self.engine.loaded.model, "config", None)
-        own = getattr(config, "max_position_embeddings", None) or 4096
-        return min(own, self.limits.context or own)
+        return min(self.engine.context, self.limits.context or self.engine.context)
 
 
 class Refused(Exception):  # noqa: N818 - an answer, not a fault
@@ -85,22 +83,25 @@ class Refused(Exception):  # noqa: N818 - an answer, not a fault
 
 def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None) -> Guard:
     """The ASGI application."""
-    tokenizer = serving.engine.loaded.tokenizer
+    tokenizer = serving.engine.tokenizer
     control = control_tokens(tokenizer)
     app = FastAPI(title="SafeSteer", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+
+    def count(path: str, status: int) -> None:
+        serving.metrics.requests.labels(_known(path), str(status)).inc()
 
     def failed(status: int, message: str, kind: str = "invalid_request_error", **headers: str) -> JSONResponse:
         return JSONResponse(refusal(message, kind), status, headers=headers)
 
     @app.exception_handler(Refused)
     async def _refused(request: Request, error: Refused) -> Response:
-        serving.metrics.requests.labels(_known(request), str(error.status)).inc()
+        count(request.url.path, error.status)
         headers = {"retry-after": "1"} if error.status in (429, 503) else {}
         return failed(error.status, str(error), error.kind, **headers)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
-        serving.metrics.requests.labels(_known(request), "400").inc()
+        count(request.url.path, 400)
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body" and not str(part).startswith("function-"))
         if "steering" in first["loc"]:
@@ -113,6 +114,7 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
+        count(request.url.path, error.status_code)
         return failed(error.status_code, str(error.detail))
 
     @app.get("/health")
@@ -152,7 +154,8 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
                     f"a message holds {found!r}, by which the model tells turns apart; leave it out",
                 )
         try:
-            prompt = encode(tokenizer, asked.conversation)
+            # Beside the event loop: a long text takes a second.
+            prompt = await asyncio.to_thread(encode, tokenizer, asked.conversation)
         except SafeSteerError as error:
             raise Refused(400, str(error)) from None
         return await _answer(serving, asked, prompt, request, chat=True)
@@ -163,14 +166,14 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
         if serving.limits.chat_only:
             raise Refused(404, "this server answers chats only; use /v1/chat/completions")
         try:
-            ids = tuple(tokenizer(asked.prompt)["input_ids"])
+            ids = tuple((await asyncio.to_thread(tokenizer, asked.prompt))["input_ids"])
         except UnicodeEncodeError:
             raise Refused(400, "the prompt holds half a character (an unpaired surrogate); mend the text") from None
         if not ids:
             raise Refused(400, "the prompt has no tokens")
         return await _answer(serving, asked, EncodedPrompt(ids, 0, len(ids)), request, chat=False)
 
-    return Guard(app, serving.keys, serving.limits.most_bytes, serving.limits.body_seconds)
+    return Guard(app, serving.keys, serving.limits.most_bytes, serving.limits.body_seconds, count)
 
 
 def control_tokens(tokenizer: Any) -> list[str]:
@@ -181,8 +184,8 @@ def control_tokens(tokenizer: Any) -> list[str]:
     )
 
 
-def _known(request: Request) -> str:
-    return request.url.path if request.url.path in ("/v1/chat/completions", "/v1/completions") else "other"
+def _known(path: str) -> str:
+    return path if path in ("/v1/chat/completions", "/v1/completions") else "other"
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -253,7 +256,7 @@ async def _answer(
     serving: Serving, asked: ChatRequest | CompletionRequest, prompt: EncodedPrompt, request: Request, *, chat: bool
 ) -> Response:
     began = time.perf_counter()
-    endpoint = _known(request)
+    endpoint = _known(request.url.path)
     metrics = serving.metrics
     if serving.draining:
         raise Refused(503, "the server is closing", "server_error")
@@ -265,6 +268,8 @@ async def _answer(
     except SafeSteerError as error:
         raise Refused(503, str(error), "server_error") from None
     event = await _first(stream, request)
+    if event is None:
+        return _left(metrics, endpoint)
     if not isinstance(event, Planned):
         metrics.failed.inc()
         raise Refused(500, event.message if isinstance(event, Failed) else "the model gave no answer", "server_error")
@@ -319,7 +324,7 @@ async def _answer(
         while True:
             event = await stream.next(1.0)
             if event is None and await request.is_disconnected():
-                return Response(status_code=499)
+                return _left(metrics, endpoint)
             if isinstance(event, Piece):
                 if not text:
                     metrics.first.observe(time.perf_counter() - began)
@@ -333,6 +338,12 @@ async def _answer(
                 raise Refused(500, event.message, "server_error")
     finally:
         stream.handle.abort()
+
+
+def _left(metrics: Metrics, endpoint: str) -> Response:
+    """The client went away; nobody will read this."""
+    metrics.requests.labels(endpoint, "499").inc()
+    return Response(status_code=499)
 
 
 async def _first(stream: _Stream, request: Request) -> Event | None:

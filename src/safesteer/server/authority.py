@@ -77,6 +77,11 @@ class Authority:
         named = {name: _variant(name, one, f"{path}: variants").resolved(bank) for name, one in variants.items()}
         return cls(bank, policy.resolved(bank), named, allowed)
 
+    @property
+    def policies(self) -> list[Policy]:
+        """All that may be served without a client's word."""
+        return [self.policy, *self.variants.values()]
+
     def variant(self, name: str | None) -> Policy:
         """The policy of a variant (None: the served one). Raises `PolicyError` for one that there is not."""
         if name is None:

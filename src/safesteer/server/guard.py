@@ -19,6 +19,7 @@ from safesteer.errors import SafeSteerError
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 OPEN = ("/health", "/metrics")
+LONGEST = 400  # characters of an error
 
 
 class Keys:
@@ -37,6 +38,8 @@ class Keys:
         except (OSError, UnicodeDecodeError) as error:
             raise SafeSteerError(f"{path} cannot be read as a file of keys ({error})") from None
         keys = [line for line in lines if line and not line.startswith("#")]
+        if not all(line.isascii() for line in keys):
+            raise SafeSteerError(f"{path}: an API key holds a letter that HTTP headers do not; use plain ASCII")
         if not keys:
             raise SafeSteerError(f"{path} holds no key; write one a line, or leave out --api-key-file")
         return cls(keys)
@@ -55,15 +58,26 @@ class Keys:
 
 
 def refusal(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI clients read it."""
+    """An error as OpenAI clients read it; what a client sent is not sent back to it at length."""
+    message = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 class Guard:
-    """ASGI middleware: keys first, then a body of at most `most_bytes`, all of it within `seconds`."""
+    """ASGI middleware: keys first, then a body of at most `most_bytes`, all of it within `seconds`.
 
-    def __init__(self, app: Any, keys: Keys, most_bytes: int, seconds: float) -> None:
-        self.app, self.keys, self.most_bytes, self.seconds = app, keys, most_bytes, seconds
+    `refused(path, status)` is called for what it answers itself.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        keys: Keys,
+        most_bytes: int,
+        seconds: float,
+        refused: Callable[[str, int], None] = lambda path, status: None,
+    ) -> None:
+        self.app, self.keys, self.most_bytes, self.seconds, self.refused = app, keys, most_bytes, seconds, refused
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,16 +85,15 @@ class Guard:
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
         if scope["path"] not in OPEN and not self.keys.admit(headers.get(b"authorization", b"").decode("latin-1")):
-            await _answer(
-                send, 401, refusal("the API key is missing or wrong", "authentication_error", "invalid_api_key")
-            )
+            wrong = refusal("the API key is missing or wrong", "authentication_error", "invalid_api_key")
+            await self._answer(scope, send, 401, wrong)
             return
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.most_bytes:
-            await self._too_large(send)
+            await self._too_large(scope, send)
             return
         if scope["method"] == "POST" and not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
-            await _answer(send, 415, refusal("send JSON, with the header Content-Type: application/json"))
+            await self._answer(scope, send, 415, refusal("send JSON, with the header Content-Type: application/json"))
             return
         body = b""
         more = scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
@@ -93,10 +106,10 @@ class Guard:
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > self.most_bytes:
-                        await self._too_large(send)
+                        await self._too_large(scope, send)
                         return
         except TimeoutError:
-            await _answer(send, 408, refusal(f"the request did not arrive within {self.seconds:g} seconds"))
+            await self._answer(scope, send, 408, refusal(f"the request did not arrive within {self.seconds:g} seconds"))
             return
         given = False
 
@@ -109,16 +122,16 @@ class Guard:
 
         await self.app(scope, replay, send)
 
-    async def _too_large(self, send: Send) -> None:
-        await _answer(send, 413, refusal(f"the request is larger than {self.most_bytes:,} bytes"))
+    async def _too_large(self, scope: dict[str, Any], send: Send) -> None:
+        await self._answer(scope, send, 413, refusal(f"the request is larger than {self.most_bytes:,} bytes"))
 
-
-async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
-    body = json.dumps(content).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    async def _answer(self, scope: dict[str, Any], send: Send, status: int, content: dict[str, Any]) -> None:
+        self.refused(scope["path"], status)
+        body = json.dumps(content).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

@@ -40,11 +40,14 @@ def check_host(host: str, has_keys: bool) -> None:
 def reload(serving: Serving, path: Path, say: Callable[[str], None]) -> bool:
     """Put the policy file's present content in place. False, and a sentence by `say`, where it cannot be used."""
     try:
-        serving.authority = Authority.of(serving.engine.bank, path)
+        found = Authority.of(serving.engine.bank, path)
+        for one in found.policies:
+            serving.engine.check(one)
     except Exception as error:  # whatever a file can hold, the watch goes on
         serving.metrics.reloads.labels("refused").inc()
         say(f"The policy file was not reloaded: {error}.")
         return False
+    serving.authority = found
     serving.metrics.reloads.labels("ok").inc()
     say(f"Reloaded {path}.")
     return True
@@ -58,12 +61,15 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
+def _on_hangup(act: Callable[[], None]) -> None:
+    with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # no such signal, or not the main thread
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, act)
+
+
 async def watch(serving: Serving, path: Path, say: Callable[[str], None], every: float = LOOK) -> None:
     """Reload when the file changes or SIGHUP arrives, for ever."""
     asked = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):  # no such signal, or not the main thread
-        loop.add_signal_handler(signal.SIGHUP, asked.set)
+    _on_hangup(asked.set)
     seen = _stamp(path)
     while True:
         with contextlib.suppress(TimeoutError):
@@ -102,6 +108,8 @@ def serve(
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.create_task(watch(serving, policy, say)) if policy is not None else None
+        if policy is None:
+            _on_hangup(lambda: say("There is nothing to reload: the server was started without --policy."))
         ready()
         try:
             yield

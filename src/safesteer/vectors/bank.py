@@ -109,10 +109,11 @@ class VectorBank:
             steps[layer] = dose * self.residual_norms[slot] * vector / vector.norm()
         return steps
 
-    def check(self, loaded: LoadedModel, force: bool = False) -> None:
+    def check(self, loaded: LoadedModel | Fingerprint, force: bool = False) -> None:
         """Raise `FingerprintMismatchError`, saying what differs, if this bank is not of this model (unless `force`)."""
-        differences = self.model.differences(fingerprint(loaded))
-        fatal = self.model.width != loaded.layout.width or max(self.layers) >= loaded.layout.depth
+        other = loaded if isinstance(loaded, Fingerprint) else fingerprint(loaded)
+        differences = self.model.differences(other)
+        fatal = self.model.width != other.width or max(self.layers) >= other.layers
         if differences and (fatal or not force):
             raise FingerprintMismatchError(
                 f"the bank was made for another model ({self.provenance.get('model', 'unnamed')}): "
