@@ -1,18 +1,19 @@
 """A long run of a server: are all answers those of the library, and does memory stay?
 
-    python benchmarks/soak.py BANK --requests 10000
+    python benchmarks/soak.py BANK --requests 10000 [-- OPTIONS OF safesteer serve]
 
 Starts `safesteer serve BANK` as a process of its own and sends it short requests, many at once: mixed policies (variants,
-strengths that the client names, "off"), streaming and not, 5% malformed, 5% left in the middle, and the policy file rewritten
-all the while, sometimes with one that cannot be used. Every whole answer is compared with `safesteer.generate` of that prompt
-and policy alone. Prints one JSON object; exit status 1 if any answer was wrong, a status was unexpected, or memory grew by
-over 2% between the first tenth and the end.
+strengths that the client names, "off", the bank's gate if it has one), streaming and not, 5% malformed, 5% left in the middle,
+and the policy file rewritten all the while, sometimes with one that cannot be used. Every whole answer is compared with
+`safesteer.generate` of that prompt and policy alone. Prints one JSON object; exit status 1 if any answer was wrong, a status was
+unexpected, or memory (of the server and the processes it started) grew by over 2% between the first tenth and the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -36,7 +37,7 @@ PROMPTS = [
 ]
 STRENGTHS = (0.5, 1.0, 1.5)
 GOOD = (
-    "categories: {{{first}: {{strength: 1.0, gate: always}}}}\n"
+    "categories: {{{first}: {{strength: 1.0, gate: {gate}}}}}\n"
     "variants: {{strict: {{categories: {{{first}: {{strength: 1.5, gate: always}}}}}}}}\n"
 )
 BAD = "categories: {{{first}: 99}}\n"
@@ -47,10 +48,16 @@ MALFORMED: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+Expected = dict[
+    tuple[str, float], tuple[str, float]
+]  # prompt, strength (GATED: the gate's) -> text, strength that acts
+GATED = -1.0
+
+
 class Soak:
     """One run: what was expected, what came."""
 
-    def __init__(self, url: str, model: str, first: str, expected: dict[tuple[str, float], str], tokens: int) -> None:
+    def __init__(self, url: str, model: str, first: str, expected: Expected, tokens: int) -> None:
         self.url, self.model, self.first, self.expected, self.tokens = url, model, first, expected, tokens
         self.seen: Counter[str] = Counter()
         self.wrong: list[dict[str, Any]] = []
@@ -58,13 +65,15 @@ class Soak:
     def body(self, dice: random.Random) -> tuple[dict[str, Any], float]:
         """A request, and the strength that must act."""
         way = dice.choice(["default", "strict", "off", "own"])
-        strength = {"default": 1.0, "strict": 1.5, "off": 0.0}.get(way) if way != "own" else dice.choice(STRENGTHS)
+        strength = {"default": GATED, "strict": 1.5, "off": 0.0}.get(way) if way != "own" else dice.choice(STRENGTHS)
         body = {
             "model": self.model + ("@strict" if way == "strict" else ""), "max_tokens": self.tokens, "temperature": 0,
             "messages": [{"role": "user", "content": dice.choice(PROMPTS)}], "stream": dice.random() < 0.5,
         }  # fmt: skip
-        if way in ("off", "own"):
-            body["steering"] = "off" if way == "off" else {self.first: strength}
+        if way == "own":  # of the variant, whose category is always on
+            body |= {"model": f"{self.model}@strict", "steering": {self.first: strength}}
+        if way == "off":
+            body["steering"] = "off"
         return body, float(strength or 0.0)
 
     async def one(self, client: httpx.AsyncClient, dice: random.Random) -> None:
@@ -92,9 +101,9 @@ class Soak:
             self.seen["busy"] += 1
             return
         text, acting = _read(response, body["stream"])
-        wanted = self.expected[body["messages"][0]["content"], strength]
+        wanted, acts = self.expected[body["messages"][0]["content"], strength]
         acted = sum(one["strength"] for one in acting)
-        right = response.status_code == 200 and text.strip() == wanted and abs(acted - strength) < 1e-3
+        right = response.status_code == 200 and text.strip() == wanted and abs(acted - acts) < 2e-3
         self.note(
             "answered",
             right,
@@ -134,13 +143,22 @@ def _read(response: httpx.Response, stream: bool) -> tuple[str, list[dict[str, A
 
 
 def _memory(process: subprocess.Popen[str]) -> float:
-    """Resident memory in MiB."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+    """Resident memory in MiB, of the process and all it started."""
+    parents: dict[int, int] = {}
+    sizes: dict[int, float] = {}
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
+            parents[int(fields["Pid"])] = int(fields["PPid"])
+            sizes[int(fields["Pid"])] = int(fields.get("VmRSS", "0 kB").split()[0]) / 1024
+    ours = {process.pid}
+    while more := {one for one, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return sum(sizes.get(one, 0.0) for one in ours)
 
 
 async def _soak(
-    soak: Soak, process: subprocess.Popen[str], policy: Path, count: int, at_once: int
+    soak: Soak, process: subprocess.Popen[str], policy: Path, gate: str, count: int, at_once: int
 ) -> tuple[float, float]:
     """Memory after the first tenth and at the end."""
     ends = asyncio.Event()
@@ -148,10 +166,10 @@ async def _soak(
     async def rewrite() -> None:
         dice = random.Random(7)
         while not ends.is_set():
-            text = (BAD if dice.random() < 0.3 else GOOD).format(first=soak.first) + CLIENTS
+            text = (BAD if dice.random() < 0.3 else GOOD).format(first=soak.first, gate=gate) + CLIENTS
             policy.write_text(text + f"# {dice.random()}\n")
             await asyncio.sleep(1.5)
-        policy.write_text(GOOD.format(first=soak.first) + CLIENTS)
+        policy.write_text(GOOD.format(first=soak.first, gate=gate) + CLIENTS)
 
     rewriting = asyncio.create_task(rewrite())
     await soak.run(count // 10, at_once, 1)
@@ -169,23 +187,28 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=6)
-    given = parser.parse_args()
+    parser.usage = "%(prog)s BANK [options] [-- options of safesteer serve]"
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given, serve = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
     bank = VectorBank.load(given.bank)
     first = bank.categories[0]
     loaded = load_model(bank.provenance["model"])
-    expected: dict[tuple[str, float], str] = {}
-    for strength in (0.0, *STRENGTHS):
-        policy = Policy.of({first: strength}) if strength else Policy.off()
+    gate = "always" if bank.gate is None else "auto"
+    expected: Expected = {}
+    for strength in (GATED, 0.0, *STRENGTHS):
+        how = {"gate": gate} if strength == GATED else {"strength": strength, "gate": "always"}
+        policy = Policy.parse({"categories": {first: how}}, "soak") if strength else Policy.off()
         said = generate(
             loaded, bank, [Request(text, policy) for text in PROMPTS], GenerationSettings(given.tokens, batch_size=1)
         )
-        expected |= {(text, strength): one.text for text, one in zip(PROMPTS, said, strict=True)}
+        for text, one in zip(PROMPTS, said, strict=True):
+            expected[text, strength] = (one.text, sum(acts["strength"] for acts in one.steering["acting"]))
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "policy.yaml"
-        path.write_text(GOOD.format(first=first) + CLIENTS)
+        path.write_text(GOOD.format(first=first, gate=gate) + CLIENTS)
         command = [
             sys.executable,
             "-m",
@@ -196,6 +219,7 @@ def main() -> None:
             str(path),
             "--port",
             str(port),
+            *serve,
         ]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True) as process:
             url = f"http://127.0.0.1:{port}"
@@ -209,7 +233,7 @@ def main() -> None:
                     time.sleep(0.2)
             soak = Soak(url, name, first, expected, given.tokens)
             began = time.perf_counter()
-            early, late = asyncio.run(_soak(soak, process, path, given.requests, given.at_once))
+            early, late = asyncio.run(_soak(soak, process, path, gate, given.requests, given.at_once))
             seconds = time.perf_counter() - began
             reloads = [
                 line for line in httpx.get(f"{url}/metrics").text.splitlines() if "policy_reloads_total{" in line
@@ -218,7 +242,8 @@ def main() -> None:
             status = process.wait(60)
     grown = late / early - 1
     result = {
-        "requests": given.requests, "different_references": len(set(expected.values())), **soak.seen, "wrong": len(soak.wrong),
+        "requests": given.requests, "different_references": len({text for text, _ in expected.values()}), **soak.seen,
+        "wrong": len(soak.wrong),
         "seconds": round(seconds, 1), "memory_mib": [round(early), round(late)], "memory_growth": round(grown, 4),
         "reloads": reloads, "exit_status": status, "first_wrong": soak.wrong[:3],
     }  # fmt: skip
