@@ -25,7 +25,7 @@ def _vllm(
     path: Path, bank: VectorBank, model: str, revision: str | None, given: list[str], most_waiting: int,
     trust_remote_code: bool, force: bool,
 ) -> Engine:  # fmt: skip
-    """vLLM with the bank's model. Its log goes to standard error, and holds errors only, unless VLLM_LOGGING_LEVEL says otherwise."""
+    """vLLM with the bank's model. Its log goes to standard error: errors only, unless VLLM_LOGGING_LEVEL says otherwise."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if find_spec("vllm") is None:
