@@ -295,8 +295,7 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
     if policy.gated and reading is None:
         raise PolicyError(f"the policy {policy.name!r} is gated but the prompt was not read")
     acting: list[Acting] = []
-    sums: dict[int, torch.Tensor] = {}
-    longest: dict[int, torch.Tensor] = {}
+    found: list[tuple[float, list[int], dict[int, torch.Tensor]]] = []
     pulls: dict[int, list[Pull]] = {}
     for category, how in policy.categories.items():
         strength = how.strength
@@ -313,23 +312,38 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
         steps = bank.steps(category, how.layers) if how.site != "neurons" else {}
         total = bank.dose(category) * strength if steps else 0.0
         acting.append(Acting(category, strength, total, tuple(steps or held), how.tokens, how.gate, how.site))
-        for layer, step in steps.items():
-            delta = sums.setdefault(layer, torch.zeros(4, step.shape[0]))
-            most = longest.setdefault(layer, torch.zeros(4))
-            delta[kinds] += strength * step
-            most[kinds] = most[kinds].clamp_min(float(abs(strength) * step.norm()))
-    deltas: dict[int, torch.Tensor] = {}
-    caps: dict[int, torch.Tensor] = {}
-    for layer, delta in sums.items():
-        norms = delta.norm(dim=1)
-        caps[layer] = torch.where(norms > longest[layer], longest[layer] / norms, 1.0)
-        deltas[layer] = delta * caps[layer].unsqueeze(1)
+        if steps:
+            found.append((strength, kinds, steps))
+    layers = sorted({layer for _, _, steps in found for layer in steps})
+    deltas, caps = _composed(found, layers)
     for index, one in enumerate(acting):
         if one.site == "neurons":
             continue
-        kept = torch.stack([caps[layer][list(KINDS_OF[one.tokens])].mean() for layer in one.layers]).mean()
+        kept = caps[list(KINDS_OF[one.tokens])][:, [layers.index(layer) for layer in one.layers]].mean()
         acting[index] = replace(one, dose=one.dose * float(kept))
-    return Plan(policy.name, tuple(acting), deltas, reading, {layer: _together(some) for layer, some in pulls.items()})
+    together = {layer: _together(some) for layer, some in pulls.items()}
+    return Plan(policy.name, tuple(acting), dict(zip(layers, deltas.unbind(1), strict=True)), reading, together)
+
+
+def _composed(
+    found: Sequence[tuple[float, list[int], dict[int, torch.Tensor]]], layers: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of strength x step of every category, `[4, layers, width]`, no longer than the longest of them; and the caps
+    `[4, layers]` by which it was cut."""
+    if not found:
+        return torch.zeros(4, 0, 0), torch.ones(4, 0)
+    sums = torch.zeros(4, len(layers), next(iter(found[0][2].values())).shape[0])
+    longest = torch.zeros(4, len(layers))
+    for strength, kinds, steps in found:
+        moved = strength * torch.stack(list(steps.values()))
+        where = [layers.index(layer) for layer in steps]
+        lengths = moved.norm(dim=1)
+        for kind in kinds:
+            sums[kind, where] += moved
+            longest[kind, where] = torch.maximum(longest[kind, where], lengths)
+    norms = sums.norm(dim=2)
+    caps = torch.where(norms > longest, longest / norms, 1.0)
+    return sums * caps.unsqueeze(2), caps
 
 
 def _together(pulls: Sequence[Pull]) -> Pull:

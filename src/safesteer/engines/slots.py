@@ -22,16 +22,21 @@ ROWS = 3  # kinds of token that can be steered
 
 
 class Slots:
-    """Tables `[1 + 3 slots, width]`, one a layer, and the index `[tokens]` into them."""
+    """Tables `[layers, 1 + 3 slots, width]`, one a layer, and the index `[tokens]` into them."""
 
     def __init__(
         self, layers: Sequence[int], width: int, slots: int, tokens: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        self.tables = {layer: torch.zeros(1 + ROWS * slots, width, dtype=dtype, device=device) for layer in layers}
+        self.tables = torch.zeros(len(layers), 1 + ROWS * slots, width, dtype=dtype, device=device)
+        self._layers = {layer: place for place, layer in enumerate(layers)}
         self.index = torch.zeros(tokens, dtype=torch.long, device=device)
-        self._staged = torch.zeros(tokens, dtype=torch.long, pin_memory=self.index.is_cuda)
+        self._tokens = tokens
         self._free = list(range(slots))[::-1]
         self._held: dict[str, int | None] = {}
+
+    def table(self, layer: int) -> torch.Tensor:
+        """`[1 + 3 slots, width]`, a view: what is written to the tables later stands in it."""
+        return self.tables[self._layers[layer]]
 
     def fill(
         self,
@@ -53,30 +58,25 @@ class Slots:
         for name in requests:
             if name not in self._held:
                 self._held[name] = self._take(plan_of(name))
-        staged = self._staged.numpy()
+        # New memory in each pass: an engine that schedules ahead fills the next one while this one is still being copied.
+        fresh = torch.zeros(self._tokens, dtype=torch.long, pin_memory=self.index.is_cuda)
+        staged = fresh.numpy()
         start = 0
         for name, count, first, prompt in zip(
             requests, counts.tolist(), computed.tolist(), prompts.tolist(), strict=True
         ):
             slot = self._held[name]
-            if slot is None:
-                staged[start : start + count] = 0
-            else:
+            if slot is not None:
                 position = np.arange(first, first + count)
                 kinds = np.where(position < prompt - 1, PROMPT, np.where(position == prompt - 1, LAST, GENERATED))
                 staged[start : start + count] = ROWS * slot + kinds
             start += count
-        staged[start:] = 0
-        self.index.copy_(self._staged, non_blocking=True)
-
-    def clear(self) -> None:
-        """Nothing is steered in the next pass (a dummy run)."""
-        self.index.zero_()
+        self.index.copy_(fresh, non_blocking=True)
 
     def _take(self, plan: Plan | None) -> int | None:
         if plan is None or not plan.deltas:
             return None
-        absent = [layer for layer in plan.deltas if layer not in self.tables]
+        absent = [layer for layer in plan.deltas if layer not in self._layers]
         if absent or plan.pulls:
             raise SteeringError(f"blocks {absent} cannot be steered here" if absent else "neurons cannot be held here")
         if not self._free:
@@ -86,10 +86,7 @@ class Slots:
         return slot
 
     def _write(self, slot: int, deltas: Mapping[int, torch.Tensor]) -> None:
-        rows = slice(1 + ROWS * slot, 1 + ROWS * (slot + 1))
-        for layer, table in self.tables.items():
-            delta = deltas.get(layer)
-            if delta is None:
-                table[rows].zero_()
-            else:
-                table[rows] = delta[1 : 1 + ROWS].to(table)
+        rows = torch.zeros(len(self._layers), ROWS, self.tables.shape[2])
+        places = [self._layers[layer] for layer in deltas]
+        rows[places] = torch.stack([delta[1 : 1 + ROWS] for delta in deltas.values()])
+        self.tables[:, 1 + ROWS * slot : 1 + ROWS * (slot + 1)] = rows.to(self.tables)

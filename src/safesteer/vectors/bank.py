@@ -96,18 +96,18 @@ class VectorBank:
         """
         row = self.index(category)
         if layers is None:
-            chosen = {layer: float(self.doses[row, self.layers.index(layer)]) for layer in self.acting_layers(category)}
+            chosen = list(self.acting_layers(category))
+            doses = self.doses[row, [self.layers.index(layer) for layer in chosen]]
         else:
             absent = [layer for layer in layers if layer not in self.layers]
             if absent or not layers:
                 raise BankError(f"the bank holds no layer {absent}; it holds {self.layers[0]} to {self.layers[-1]}")
-            chosen = {layer: self.dose(category) / len(set(layers)) for layer in sorted(set(layers))}
-        steps: dict[int, torch.Tensor] = {}
-        for layer, dose in chosen.items():
-            slot = self.layers.index(layer)
-            vector = self.directions[row, slot]
-            steps[layer] = dose * self.residual_norms[slot] * vector / vector.norm()
-        return steps
+            chosen = sorted(set(layers))
+            doses = torch.full((len(chosen),), self.dose(category) / len(chosen))
+        slots = [self.layers.index(layer) for layer in chosen]
+        vectors = self.directions[row, slots]
+        steps = vectors * (doses * self.residual_norms[slots] / vectors.norm(dim=1)).unsqueeze(1)
+        return dict(zip(chosen, steps, strict=True))
 
     def check(self, loaded: LoadedModel | Fingerprint, force: bool = False) -> None:
         """Raise `FingerprintMismatchError`, saying what differs, if this bank is not of this model (unless `force`)."""

@@ -1,0 +1,224 @@
+"""All that is patched in vLLM, for the minor versions in `TESTED`: a new vLLM is this file.
+
+runner.load_model                   the model is armed (`safesteer.engines.vllm_worker`), or the engine does not start
+V1  GPUModelRunner._prepare_inputs  tells the pass to the armed model: after the batch is put together, before it runs
+V2  GPUModelRunner.prepare_inputs   the same; `add_requests` and `_remove_request` keep the sampling parameters at hand,
+                                    which this runner throws away
+Request.from_engine_core_request    adds the spec's fingerprint to the cache salt: steered blocks are never shared
+InputProcessor.process_inputs       refuses a spec that cannot be steered as it says, where it comes in
+WorkerBase                          answers `safesteer_state` and `safesteer_readings` (`collective_rpc`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from safesteer import __version__
+from safesteer.engines.vllm import NAME, READ, Specs, read_spec, spec_of, specs_of
+from safesteer.engines.vllm_worker import Armed, Pass
+from safesteer.errors import SafeSteerError, SteeringError
+
+TESTED = ("0.32",)  # minor versions
+_MARK = "_safesteer"
+# Connectors that find blocks by vLLM's own hashes, which the cache salt is part of.
+CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+
+
+def patch() -> None:
+    """Patch vLLM in this process, once. Raises `SteeringError` for a version that was not tested."""
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.request import Request
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    import vllm
+
+    if getattr(WorkerBase, _MARK, False):
+        return
+    if not vllm.__version__.startswith(tuple(f"{one}." for one in TESTED)):
+        raise SteeringError(
+            f"vLLM {vllm.__version__} was not tested with SafeSteer {__version__}; use {', '.join(TESTED)}"
+        )
+    _first_runner()
+    _second_runner()
+    _wrap(InputProcessor, "process_inputs", _processing)
+    whole = Request.from_engine_core_request.__func__
+
+    def salted(cls: Any, request: Any, *arguments: Any, **keywords: Any) -> Any:
+        spec = spec_of(request.sampling_params)
+        if spec is not None:
+            digest = hashlib.sha256(spec.encode()).hexdigest()
+            request.cache_salt = f"{request.cache_salt or ''}|{NAME}:{digest}"
+        return whole(cls, request, *arguments, **keywords)
+
+    Request.from_engine_core_request = classmethod(salted)
+    WorkerBase.safesteer_state = _state
+    WorkerBase.safesteer_readings = _readings
+    setattr(WorkerBase, _MARK, True)
+
+
+def _first_runner() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def preparing(original: Any) -> Any:
+        def _prepare_inputs(self: Any, scheduled: Any, counts: Any, *arguments: Any, **keywords: Any) -> Any:
+            result = original(self, scheduled, counts, *arguments, **keywords)
+            armed = _armed(self)
+            if armed is not None:
+                batch = self.input_batch
+                size = batch.num_reqs
+                armed.fill(
+                    Pass(
+                        batch.req_ids[:size],
+                        counts[:size],
+                        batch.num_computed_tokens_cpu[:size],
+                        batch.num_prompt_tokens[:size],
+                        lambda name: self.requests[name].sampling_params,
+                    )
+                )
+            return result
+
+        return _prepare_inputs
+
+    runners = [GPUModelRunner]
+    try:
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        runners.append(CPUModelRunner)
+    except ImportError:  # a build for another device
+        pass
+    for runner in runners:
+        if "load_model" in vars(runner):
+            _wrap(runner, "load_model", _loading)
+    _wrap(GPUModelRunner, "_prepare_inputs", preparing)
+
+
+def _second_runner() -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    def adding(original: Any) -> Any:
+        def add_requests(self: Any, scheduled: Any, *arguments: Any, **keywords: Any) -> Any:
+            result = original(self, scheduled, *arguments, **keywords)
+            params = vars(self).setdefault(_MARK + "_params", {})
+            for one in scheduled.scheduled_new_reqs:
+                params[one.req_id] = one.sampling_params
+            return result
+
+        return add_requests
+
+    def removing(original: Any) -> Any:
+        def _remove_request(self: Any, req_id: str, *arguments: Any, **keywords: Any) -> Any:
+            vars(self).get(_MARK + "_params", {}).pop(req_id, None)
+            return original(self, req_id, *arguments, **keywords)
+
+        return _remove_request
+
+    def preparing(original: Any) -> Any:
+        def prepare_inputs(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            batch = original(self, *arguments, **keywords)
+            armed = _armed(self)
+            if armed is not None:
+                prompts = self.req_states.prompt_len.np[batch.idx_mapping_np]
+                params = vars(self)[_MARK + "_params"]
+                armed.fill(
+                    Pass(
+                        batch.req_ids,
+                        batch.num_scheduled_tokens,
+                        batch.num_computed_tokens_np,
+                        prompts,
+                        params.__getitem__,
+                    )
+                )
+            return batch
+
+        return prepare_inputs
+
+    _wrap(GPUModelRunner, "load_model", _loading)
+    _wrap(GPUModelRunner, "add_requests", adding)
+    _wrap(GPUModelRunner, "_remove_request", removing)
+    _wrap(GPUModelRunner, "prepare_inputs", preparing)
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def _armed(runner: Any) -> Armed | None:
+    found: Armed | None = vars(runner).get(_MARK + "_armed")
+    return found
+
+
+def _loading(original: Any) -> Any:
+    def load_model(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        result = original(self, *arguments, **keywords)
+        specs = specs_of(self.vllm_config)
+        if specs is not None and _armed(self) is None:
+            armed = Armed(
+                self.model,
+                specs,
+                requests=int(self.max_num_reqs),
+                tokens=int(self.max_num_tokens),
+                dtype=self.dtype,
+                other=untested(self.vllm_config),
+            )
+            setattr(self, _MARK + "_armed", armed)
+        return result
+
+    return load_model
+
+
+def untested(config: Any) -> str | None:
+    """The first option of a vLLM configuration under which tokens may not be where they are looked for, or blocks not keyed."""
+    parallel, transfer = config.parallel_config, config.kv_transfer_config
+    connector = getattr(transfer, "kv_connector", None)
+    checks = {
+        "speculative decoding": config.speculative_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "dual batch overlap": getattr(parallel, "use_ubatching", False),
+        "fast prefill by shared KV layers": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
+        f"the KV connector {connector}": connector is not None and connector not in CONNECTORS,
+    }
+    return next((name for name, there in checks.items() if there), None)
+
+
+def _processing(original: Any) -> Any:
+    def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *arguments: Any, **keywords: Any) -> Any:
+        spec, read = spec_of(params), spec_of(params, READ)
+        if spec is not None or read is not None:
+            specs: Specs | None = vars(self).get(_MARK + "_specs")
+            if specs is None:
+                specs = specs_of(self.vllm_config)
+                if specs is None:
+                    raise ValueError("the request asks for steering, but the engine was started without a bank")
+                setattr(self, _MARK + "_specs", specs)
+            try:
+                if spec is not None:
+                    specs.policy(spec)
+                if read is not None:
+                    read_spec(read)
+                    if specs.bank.gate is None or spec is not None:
+                        raise SteeringError(
+                            "there is no gate to read" if spec is None else "a request steers or reads, not both"
+                        )
+            except SafeSteerError as error:
+                raise ValueError(str(error)) from None
+        request = original(self, request_id, prompt, params, *arguments, **keywords)
+        if read is not None and read_spec(read)[1] >= len(request.prompt_token_ids or ()):
+            raise ValueError("the prompt ends before the position that is to be read from")
+        return request
+
+    return process_inputs
+
+
+def _state(worker: Any) -> dict[str, Any]:
+    """What a worker says of itself."""
+    found = _armed(worker.model_runner)
+    return {"armed": False} if found is None else found.state()
+
+
+def _readings(worker: Any, marks: list[str]) -> list[dict[str, Any] | None]:
+    """See `Armed.readings`."""
+    found = _armed(worker.model_runner)
+    return [None] * len(marks) if found is None else found.readings(marks)

@@ -1,0 +1,198 @@
+"""Steering inside a vLLM worker: one model whose blocks steer and read, whichever runner drives it.
+
+    h[n, l]  <-  h[n, l] + table_l[ index[n] ]           at the blocks that act (`safesteer.engines.slots`)
+    states_l[n]  <-  h[n, l]                             at the blocks that the gate reads
+
+Before each pass a seam (`safesteer.engines.vllm_seams`) tells which requests are in the flat batch, where and how far they are
+(`Pass`). What the gate needs of a reading request is taken, on the device, before the next pass overwrites the states; it
+crosses to the CPU when it is fetched: two vectors a layer and a number a token, never the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from safesteer.engines.slots import Slots
+from safesteer.engines.vllm import READ, Specs, read_spec, spec_of
+from safesteer.errors import SteeringError
+from safesteer.models.layout import find_layout, hidden_of, with_hidden
+from safesteer.policy import Plan
+from safesteer.vectors import VectorBank
+from safesteer.vectors.gate import TAIL, centre
+
+KEPT = 1024  # readings that wait to be fetched, or for the rest of their prompt
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The flat batch of a pass: `counts[i]` tokens of `requests[i]`, from position `computed[i]` on, one request after another.
+
+    `prompts`: how many tokens each prompt has; `params`: a request's sampling parameters.
+    """
+
+    requests: Sequence[str]
+    counts: np.ndarray
+    computed: np.ndarray
+    prompts: np.ndarray
+    params: Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Tokens of a pass that the gate reads: `count` from flat token `start` on; `last`: the prompt ends with them."""
+
+    mark: str
+    start: int
+    count: int
+    last: bool
+
+
+@dataclass
+class _Watch:
+    """What was read of a prompt so far: last states, centred, `[layers, <= TAIL, width]`; s of each token `[layers, tokens]`."""
+
+    first: int
+    tail: torch.Tensor
+    scores: list[torch.Tensor] = field(default_factory=list)
+
+
+class Armed:
+    """A model whose blocks steer and read. Raises `SteeringError` where the bank does not fit it."""
+
+    def __init__(
+        self, model: Any, specs: Specs, *, requests: int, tokens: int, dtype: torch.dtype, other: str | None = None
+    ) -> None:
+        if other is not None:
+            raise SteeringError(f"steering inside vLLM was not tested with {other}; start the engine without it")
+        self.specs = specs
+        self.steered = 0
+        bank = specs.bank
+        layout = find_layout(model)
+        _fits(bank, layout.width, layout.depth)
+        device = next(layout.blocks[0].parameters()).device
+        self.slots = Slots(specs.layers, layout.width, requests, tokens, dtype, device)
+        for layer in specs.layers:
+            _patch(layout.module(bank.site, layer), self.slots.table(layer), self.slots.index)
+        self._gate = bank.gate
+        self._spans: list[_Span] = []  # of the latest pass
+        self._watched: dict[str, _Watch] = {}
+        self._read: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}  # mark -> endings, scores, first position
+        if bank.gate is not None:
+            self._centres = bank.gate.centres.to(device).unsqueeze(1)
+            self._weights = bank.gate.token_weights.to(device)
+            self._states = torch.zeros(len(bank.gate.layers), tokens, layout.width, dtype=dtype, device=device)
+            for slot, layer in enumerate(bank.gate.layers):
+                _tap(layout.blocks[layer], self._states[slot])
+
+    def fill(self, now: Pass) -> None:
+        """Before a pass."""
+        self._collect()
+
+        def plan_of(name: str) -> Plan | None:
+            spec = spec_of(now.params(name))
+            if spec is None:
+                return None
+            self.steered += 1
+            found: Plan = self.specs.plan(spec)
+            return found
+
+        self.slots.fill(now.requests, now.counts, now.computed, now.prompts, plan_of)
+        if self._gate is None:
+            return
+        start = 0
+        rows = zip(now.requests, now.counts.tolist(), now.computed.tolist(), now.prompts.tolist(), strict=True)
+        for name, count, position, prompt in rows:
+            spec = spec_of(now.params(name), READ) if position < prompt else None
+            if spec is not None:
+                mark, first = read_spec(spec)
+                if position == 0:  # it is new, or was preempted
+                    self._watched.pop(mark, None)
+                    self._watched[mark] = _Watch(first, self._states[:, :0].float())
+                    _forget(self._watched)
+                begin, end = max(first, position), min(prompt, position + count)
+                self._spans.append(_Span(mark, start + begin - position, max(0, end - begin), end == prompt))
+            start += count
+
+    def state(self) -> dict[str, Any]:
+        """The bank's digest, the blocks that steer, and how many requests were steered so far."""
+        return {"armed": True, "bank": self.specs.digest, "layers": self.specs.layers, "steered": self.steered}
+
+    def readings(self, marks: Sequence[str]) -> list[dict[str, Any] | None]:
+        """What was read under `marks`, as plain data, and no longer kept; None: nothing, or what is not finite."""
+        self._collect()
+        return [self._reading(mark) for mark in marks]
+
+    def _reading(self, mark: str) -> dict[str, Any] | None:
+        found = self._read.pop(mark, None)
+        if found is None or self._gate is None:
+            return None
+        endings, scores, first = found
+        try:
+            return asdict(self._gate.conclude(list(zip(endings.cpu(), scores.cpu(), strict=True)), first))
+        except SteeringError:
+            return None
+
+    def _collect(self) -> None:
+        """Take from the latest pass what the gate reads."""
+        for span in self._spans:
+            watch = self._watched.get(span.mark)
+            if watch is None:
+                continue
+            states = centre(self._states[:, span.start : span.start + span.count], self._centres)
+            watch.scores.append(torch.einsum("lnw,lw->ln", states, self._weights))
+            watch.tail = torch.cat([watch.tail, states], dim=1)[:, -TAIL:].clone()
+            if span.last:
+                del self._watched[span.mark]
+                endings = torch.stack([watch.tail[:, -1], watch.tail.mean(dim=1)], dim=1)
+                self._read[span.mark] = (endings, torch.cat(watch.scores, dim=1), watch.first)
+                _forget(self._read)
+        self._spans.clear()
+
+
+def _forget(kept: dict[str, Any]) -> None:
+    """Drop the oldest of what nobody came for."""
+    while len(kept) > KEPT:
+        kept.pop(next(iter(kept)))
+
+
+def _fits(bank: VectorBank, width: int, depth: int) -> None:
+    if bank.model.width != width or depth <= max(bank.layers):
+        raise SteeringError(
+            f"the bank needs block {max(bank.layers)}, {bank.model.width} wide; this model has {depth}, {width} wide"
+        )
+
+
+def _patch(module: torch.nn.Module, table: torch.Tensor, index: torch.Tensor) -> None:
+    """The module's output moves by its table's rows; buffers, so that a compiled graph reads them anew each time."""
+    original = module.forward
+    module.register_buffer("safesteer_table", table, persistent=False)
+    module.register_buffer("safesteer_index", index, persistent=False)
+
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        output = original(*arguments, **keywords)
+        hidden = hidden_of(output)
+        rows = module.safesteer_index[: hidden.shape[0]]  # type: ignore[index]
+        return with_hidden(output, hidden + module.safesteer_table[rows])  # type: ignore[index]
+
+    module.forward = forward
+
+
+def _tap(block: torch.nn.Module, states: torch.Tensor) -> None:
+    """Copy the residual stream after the block into `states`. vLLM's blocks give it in two parts, which the next one adds."""
+    original = block.forward
+    block.register_buffer("safesteer_states", states, persistent=False)
+
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        output = original(*arguments, **keywords)
+        hidden = hidden_of(output)
+        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], torch.Tensor):
+            hidden = hidden + output[1]
+        block.safesteer_states[: hidden.shape[0]].copy_(hidden)  # type: ignore[index]
+        return output
+
+    block.forward = forward
