@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from safesteer.engines.slots import Slots
+from safesteer.engines.vllm_seams import untested
 from safesteer.errors import SteeringError
 from safesteer.policy import Plan
 
@@ -52,3 +56,22 @@ def test_slots_come_back_and_leave_nothing_behind() -> None:
         slots.fill(["x", "y"], np.array([1, 1]), np.array([0, 0]), np.array([1, 1]), lambda name: planned(1.0))
     with pytest.raises(SteeringError, match=r"blocks \[5\]"):
         Slots((0,), 2, 1, 4, torch.float32, "cpu").fill(["z"], one, one, one, lambda name: planned(1.0, 5))
+
+
+def test_engines_that_were_not_tested_are_named() -> None:
+    def config(**given: Any) -> Any:
+        parallel = SimpleNamespace(
+            pipeline_parallel_size=given.pop("stages", 1), use_ubatching=given.pop("overlap", False)
+        )
+        plain = {"kv_transfer_config": None, "speculative_config": None, "cache_config": SimpleNamespace()}
+        return SimpleNamespace(parallel_config=parallel, **{**plain, **given})
+
+    assert untested(config()) is None
+    assert untested(config(kv_transfer_config=SimpleNamespace(kv_connector="OffloadingConnector"))) is None
+    assert (
+        untested(config(kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector")))
+        == "the KV connector NixlConnector"
+    )
+    assert untested(config(speculative_config=SimpleNamespace())) == "speculative decoding"
+    assert untested(config(stages=2)) == "pipeline parallelism"
+    assert untested(config(overlap=True)) == "dual batch overlap"

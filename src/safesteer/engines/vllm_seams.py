@@ -90,7 +90,7 @@ def _first_runner() -> None:
         pass
     for runner in runners:
         if "load_model" in vars(runner):
-            _wrap(runner, "load_model", _loading)
+            _wrap(runner, "load_model", _loading(1))
     _wrap(GPUModelRunner, "_prepare_inputs", preparing)
 
 
@@ -134,7 +134,7 @@ def _second_runner() -> None:
 
         return prepare_inputs
 
-    _wrap(GPUModelRunner, "load_model", _loading)
+    _wrap(GPUModelRunner, "load_model", _loading(2))
     _wrap(GPUModelRunner, "add_requests", adding)
     _wrap(GPUModelRunner, "_remove_request", removing)
     _wrap(GPUModelRunner, "prepare_inputs", preparing)
@@ -149,23 +149,27 @@ def _armed(runner: Any) -> Armed | None:
     return found
 
 
-def _loading(original: Any) -> Any:
-    def load_model(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        result = original(self, *arguments, **keywords)
-        specs = specs_of(self.vllm_config)
-        if specs is not None and _armed(self) is None:
-            armed = Armed(
-                self.model,
-                specs,
-                requests=int(self.max_num_reqs),
-                tokens=int(self.max_num_tokens),
-                dtype=self.dtype,
-                other=untested(self.vllm_config),
-            )
-            setattr(self, _MARK + "_armed", armed)
-        return result
+def _loading(runner: int) -> Callable[[Any], Any]:
+    def loading(original: Any) -> Any:
+        def load_model(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            result = original(self, *arguments, **keywords)
+            specs = specs_of(self.vllm_config)
+            if specs is not None and _armed(self) is None:
+                armed = Armed(
+                    self.model,
+                    specs,
+                    runner=runner,
+                    requests=int(self.max_num_reqs),
+                    tokens=int(self.max_num_tokens),
+                    dtype=self.dtype,
+                    other=untested(self.vllm_config),
+                )
+                setattr(self, _MARK + "_armed", armed)
+            return result
 
-    return load_model
+        return load_model
+
+    return loading
 
 
 def untested(config: Any) -> str | None:

@@ -65,11 +65,19 @@ class Armed:
     """A model whose blocks steer and read. Raises `SteeringError` where the bank does not fit it."""
 
     def __init__(
-        self, model: Any, specs: Specs, *, requests: int, tokens: int, dtype: torch.dtype, other: str | None = None
+        self,
+        model: Any,
+        specs: Specs,
+        *,
+        runner: int,
+        requests: int,
+        tokens: int,
+        dtype: torch.dtype,
+        other: str | None = None,
     ) -> None:
         if other is not None:
             raise SteeringError(f"steering inside vLLM was not tested with {other}; start the engine without it")
-        self.specs = specs
+        self.specs, self.runner = specs, runner
         self.steered = 0
         bank = specs.bank
         layout = find_layout(model)
@@ -119,8 +127,14 @@ class Armed:
             start += count
 
     def state(self) -> dict[str, Any]:
-        """The bank's digest, the blocks that steer, and how many requests were steered so far."""
-        return {"armed": True, "bank": self.specs.digest, "layers": self.specs.layers, "steered": self.steered}
+        """The bank's digest, vLLM's runner (1 or 2), the blocks that steer, and how many requests were steered so far."""
+        return {
+            "armed": True,
+            "bank": self.specs.digest,
+            "runner": self.runner,
+            "layers": self.specs.layers,
+            "steered": self.steered,
+        }
 
     def readings(self, marks: Sequence[str]) -> list[dict[str, Any] | None]:
         """What was read under `marks`, as plain data, and no longer kept; None: nothing, or what is not finite."""

@@ -37,15 +37,18 @@ OURS = (
     "data_parallel_size",
     "skip_tokenizer_init",
 )
+CPU_MEMORY = 0.3  # share of the memory
 PROBE = 16  # log probabilities that the self-test compares
 
 
 def arguments(bank: Path, model: Path, given: Sequence[str], trust_remote_code: bool = False) -> Any:
     """vLLM's `AsyncEngineArgs` for a bank and its model's folder, from options in vLLM's own words.
 
+    On a CPU, where vLLM would take half precision and nearly all memory, the defaults are float32 and `CPU_MEMORY`.
     Raises `SafeSteerError` for options that vLLM does not know, or that are not the client's to give.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
@@ -53,6 +56,8 @@ def arguments(bank: Path, model: Path, given: Sequence[str], trust_remote_code: 
             raise SafeSteerError(f"vLLM does not take these options: {message}")
 
     parser = AsyncEngineArgs.add_cli_args(Parser(prog="safesteer serve", add_help=False))
+    if current_platform.is_cpu():
+        parser.set_defaults(dtype="float32", gpu_memory_utilization=CPU_MEMORY)
     plain = vars(parser.parse_args([]))
     chosen = vars(parser.parse_args(list(given)))
     own = [name for name in OURS if name in chosen and chosen[name] != plain[name]]
@@ -98,7 +103,9 @@ class VllmEngine:
             if isinstance(error, SafeSteerError) or not isinstance(error, Exception):
                 raise
             reason = " ".join(str(error).split())[:300]
-            raise SteeringError(f"vLLM did not start: {reason or type(error).__name__}") from error
+            raise SteeringError(
+                f"vLLM did not start ({reason or type(error).__name__}); its log above says more"
+            ) from error
 
     def check(self, policy: Policy) -> None:
         """Raise `SteeringError` for a policy that names layers or another site: the plugin has tables at the bank's own."""
@@ -108,7 +115,7 @@ class VllmEngine:
         """Begin a request; events come from the engine's thread. Raises `BusyError` if too many are under way."""
         row = Row(job, deliver)
         if not self.alive:
-            raise SteeringError("the server is closing")
+            raise SteeringError("the server is closing" if self._closing else "vLLM ended; its log says why")
         if self.waiting >= self._most_waiting:
             raise BusyError("too many requests wait; try again in a moment")
         self._rows.add(row)
