@@ -25,6 +25,7 @@ from safesteer.engines import GenerationSettings, Request, generate, read  # noq
 from safesteer.engines import vllm as ours  # noqa: E402
 from safesteer.errors import SafeSteerError, SteeringError  # noqa: E402
 from safesteer.models import LoadedModel, encode, load_model  # noqa: E402
+from safesteer.models.chat import turn_markers, turn_start  # noqa: E402
 from safesteer.policy import Policy  # noqa: E402
 from safesteer.vectors import VectorBank  # noqa: E402
 from tests.test_explain_attribution import gated  # noqa: E402
@@ -214,6 +215,22 @@ def test_an_engine_that_does_not_steer_is_not_taken_for_one(world: World, tmp_pa
     wrong = {"safesteer": {**ours.options(world.path)["additional_config"]["safesteer"], "digest": "0"}}
     with pytest.raises(Exception, match=r"(?i)engine|initiali"):
         start(world, enforce_eager=True, additional_config=wrong)
+
+
+def test_a_reading_shares_what_stands_before_the_users_words(world: World, eager: Any) -> None:
+    """A long system prompt is computed once; the reading is the reference's, also after it came from the cache."""
+    system = "You are a patient and careful assistant for the owners of old houses. " * 2
+    for turn, text in enumerate(TEXTS[:4]):
+        prompt = list(encode(world.loaded.tokenizer, text, system).ids)
+        first = turn_start(prompt, turn_markers(world.loaded.tokenizer))
+        assert 64 < first < len(prompt) < 250
+        asked = ours.reading_params(f"shared {turn}", first)
+        [output] = eager.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+        assert output.num_cached_tokens == (first // 32 * 32 if turn else 0)
+        [found] = eager.collective_rpc("safesteer_readings", args=([f"shared {turn}"],))[0]
+        [wanted] = read(world.loaded, world.bank, [Request(text, system=system)])
+        assert found["risk"] == pytest.approx(wanted.risk, abs=1e-3)
+        assert found["tokens"] == pytest.approx(wanted.tokens, abs=1e-2)
 
 
 def test_an_engine_whose_tokens_may_be_elsewhere_does_not_start(world: World) -> None:

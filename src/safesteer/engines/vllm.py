@@ -9,9 +9,9 @@
 Blocks that act add table[index[n]] to token n (`safesteer.engines.vllm_worker`, `slots`); the index is filled before each pass
 (`safesteer.engines.vllm_seams`: all that is patched).
 
-A gated policy takes two requests. The first reads: unsteered, one token, its prompt computed anew, so that its blocks are those
-of every unsteered request. Where the gate stays closed the second finds them in the prefix cache; where it opens the second is
-steered from the first token on.
+A gated policy takes two requests. The first reads: unsteered, one token, computed anew from the user's last words on (what
+stands before may come from the prefix cache); its blocks are those of every unsteered request. Where the gate stays closed the
+second finds them in the cache; where it opens the second is steered from the first token on.
 
 Specs are JSON strings in `SamplingParams.extra_args`: the bank's digest and strengths by category, or what to read.
 """
@@ -172,7 +172,7 @@ def no_plugin(error: Exception) -> SteeringError:
 
 
 def reading_params(mark: str, first: int) -> Any:
-    """`SamplingParams` of the request that reads a prompt: unsteered, one token, every block computed anew."""
+    """`SamplingParams` of the request that reads a prompt from position `first` on: unsteered, one token."""
     from vllm import SamplingParams
 
     read = {READ: json.dumps([mark, first])}

@@ -28,6 +28,7 @@ CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 def patch() -> None:
     """Patch vLLM in this process, once. Raises `SteeringError` for a version that was not tested."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.request import Request
     from vllm.v1.worker.worker_base import WorkerBase
@@ -42,6 +43,7 @@ def patch() -> None:
         )
     _first_runner()
     _second_runner()
+    _wrap(KVCacheManager, "get_computed_blocks", _finding)
     _wrap(InputProcessor, "process_inputs", _processing)
     whole = Request.from_engine_core_request.__func__
 
@@ -185,6 +187,22 @@ def untested(config: Any) -> str | None:
         f"the KV connector {connector}": connector is not None and connector not in CONNECTORS,
     }
     return next((name for name, there in checks.items() if there), None)
+
+
+def _finding(original: Any) -> Any:
+    def get_computed_blocks(self: Any, request: Any) -> Any:
+        read = spec_of(request.sampling_params, READ)
+        blocks = 0 if read is None else read_spec(read)[1] // self.block_pool.hash_block_size
+        if not blocks:
+            return original(self, request)
+        kept = request.block_hashes, request.skip_reading_prefix_cache
+        request.block_hashes, request.skip_reading_prefix_cache = kept[0][:blocks], False
+        try:
+            return original(self, request)
+        finally:
+            request.block_hashes, request.skip_reading_prefix_cache = kept
+
+    return get_computed_blocks
 
 
 def _processing(original: Any) -> Any:

@@ -118,7 +118,7 @@ class Armed:
             spec = spec_of(now.params(name), READ) if position < prompt else None
             if spec is not None:
                 mark, first = read_spec(spec)
-                if position == 0:  # it is new, or was preempted
+                if position <= first:  # nothing is read yet: it is new, or was preempted
                     self._watched.pop(mark, None)
                     self._watched[mark] = _Watch(first, self._states[:, :0].float())
                     _forget(self._watched)
