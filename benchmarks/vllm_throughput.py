@@ -33,6 +33,18 @@ def timed(llm: Any, prompts: list[str], parameters: list[Any]) -> float:
     return time.perf_counter() - began
 
 
+def acting(bank: VectorBank, size: int, tokens: int, turn: int) -> list[Any]:
+    """Parameters that steer each request of a round as no other: every plan is made anew."""
+    policies = [
+        Policy.of({bank.categories[index % len(bank.categories)]: 0.2 + 0.02 * index + 1e-4 * turn})
+        for index in range(size)
+    ]
+    return [
+        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=request_args(one, bank))
+        for one in policies
+    ]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,20 +67,13 @@ def main() -> None:
     results = []
     for size in given.batches:
         prompts = [f"Tell me about {TOPICS[index % len(TOPICS)]}, part {index}." for index in range(size)]
-        policies = [
-            Policy.of({bank.categories[index % len(bank.categories)]: 0.2 + 0.02 * index}) for index in range(size)
-        ]
         row: dict[str, Any] = {"batch": size}
         for label, tokens in (("throughput", given.tokens), ("first_token", 1)):
-            bare = [SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True) for _ in policies]
-            acting = [
-                SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=request_args(one, bank))
-                for one in policies
-            ]
-            timed(plain, prompts, bare), timed(steered, prompts, acting)
+            bare = [SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True) for _ in prompts]
+            timed(plain, prompts, bare), timed(steered, prompts, acting(bank, size, tokens, 0))
             ratios, seconds = [], []
             for turn in range(given.rounds):
-                order = [(plain, bare), (steered, acting)]
+                order = [(plain, bare), (steered, acting(bank, size, tokens, turn + 1))]
                 took = {id(llm): timed(llm, prompts, what) for llm, what in (order if turn % 2 else order[::-1])}
                 seconds.append(took[id(plain)])
                 ratios.append(took[id(plain)] / took[id(steered)])
