@@ -19,6 +19,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 vllm = pytest.importorskip("vllm")
 
+from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 
 from safesteer.engines import GenerationSettings, Request, generate, read  # noqa: E402
@@ -185,7 +186,7 @@ def test_what_cannot_be_steered_as_asked_is_refused(
 ) -> None:
     digest = world.bank.digest()
     given = {name: one.replace("DIGEST", digest) if isinstance(one, str) else one for name, one in extra.items()}
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(VLLMValidationError, match=sentence):
         eager.generate(
             [{"prompt_token_ids": [1, 2, 3]}], vllm.SamplingParams(max_tokens=1, extra_args=given), use_tqdm=False
         )
@@ -206,7 +207,7 @@ def test_an_engine_that_does_not_steer_is_not_taken_for_one(world: World, tmp_pa
         with pytest.raises(SteeringError, match="not every worker steers"):
             ours.armed(llm)
         args = ours.request_args(Policy.of({"breaking": 1.0}), world.bank)
-        with pytest.raises(ValueError, match="without a bank"):
+        with pytest.raises(VLLMValidationError, match="without a bank"):
             llm.generate(
                 [{"prompt_token_ids": [1, 2]}], vllm.SamplingParams(max_tokens=1, extra_args=args), use_tqdm=False
             )

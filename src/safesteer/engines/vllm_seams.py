@@ -206,6 +206,8 @@ def _finding(original: Any) -> Any:
 
 
 def _processing(original: Any) -> Any:
+    from vllm.exceptions import VLLMValidationError  # what vLLM's own server answers with HTTP 400
+
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *arguments: Any, **keywords: Any) -> Any:
         spec, read = spec_of(params), spec_of(params, READ)
         if spec is not None or read is not None:
@@ -213,7 +215,9 @@ def _processing(original: Any) -> Any:
             if specs is None:
                 specs = specs_of(self.vllm_config)
                 if specs is None:
-                    raise ValueError("the request asks for steering, but the engine was started without a bank")
+                    raise VLLMValidationError(
+                        "the request asks for steering, but the engine was started without a bank"
+                    )
                 setattr(self, _MARK + "_specs", specs)
             try:
                 if spec is not None:
@@ -225,10 +229,10 @@ def _processing(original: Any) -> Any:
                             "there is no gate to read" if spec is None else "a request steers or reads, not both"
                         )
             except SafeSteerError as error:
-                raise ValueError(str(error)) from None
+                raise VLLMValidationError(str(error)) from None
         request = original(self, request_id, prompt, params, *arguments, **keywords)
         if read is not None and read_spec(read)[1] >= len(request.prompt_token_ids or ()):
-            raise ValueError("the prompt ends before the position that is to be read from")
+            raise VLLMValidationError("the prompt ends before the position that is to be read from")
         return request
 
     return process_inputs
