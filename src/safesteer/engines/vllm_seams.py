@@ -192,15 +192,17 @@ def untested(config: Any) -> str | None:
 def _finding(original: Any) -> Any:
     def get_computed_blocks(self: Any, request: Any) -> Any:
         read = spec_of(request.sampling_params, READ)
-        blocks = 0 if read is None else read_spec(read)[1] // self.block_pool.hash_block_size
-        if not blocks:
+        first = 0 if read is None else read_spec(read)[1]
+        if not first:
             return original(self, request)
-        kept = request.block_hashes, request.skip_reading_prefix_cache
-        request.block_hashes, request.skip_reading_prefix_cache = kept[0][:blocks], False
+        found = self.coordinator.find_longest_cache_hit
+        self.coordinator.find_longest_cache_hit = lambda hashes, most: found(hashes, min(most, first))
+        skipping, request.skip_reading_prefix_cache = request.skip_reading_prefix_cache, False
         try:
             return original(self, request)
         finally:
-            request.block_hashes, request.skip_reading_prefix_cache = kept
+            del self.coordinator.find_longest_cache_hit  # the class's own again
+            request.skip_reading_prefix_cache = skipping
 
     return get_computed_blocks
 
