@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from safesteer.engines.slots import Slots
-from safesteer.engines.vllm_seams import untested
+from safesteer.engines.vllm_seams import fingerprint, untested
 from safesteer.errors import SteeringError
 from safesteer.policy import Plan
 
@@ -75,3 +76,12 @@ def test_engines_that_were_not_tested_are_named() -> None:
     assert untested(config(speculative_config=SimpleNamespace())) == "speculative decoding"
     assert untested(config(stages=2)) == "pipeline parallelism"
     assert untested(config(overlap=True)) == "dual batch overlap"
+
+
+def test_a_fingerprint_holds_the_prompts_length_where_kinds_of_token_differ() -> None:
+    def spec(**how: Any) -> str:
+        return json.dumps({"bank": "b", "categories": {"x": how}})
+
+    assert fingerprint(spec(tokens="all"), [1]) == fingerprint(spec(tokens="all"), [1, 2])
+    for how in ({"tokens": "generated"}, {}):
+        assert fingerprint(spec(**how), [1]) != fingerprint(spec(**how), [1, 2])

@@ -218,6 +218,23 @@ def test_an_engine_that_does_not_steer_is_not_taken_for_one(world: World, tmp_pa
         start(world, enforce_eager=True, additional_config=wrong)
 
 
+def test_an_answer_that_is_prompt_in_the_next_turn_is_steered_as_prompt(world: World, eager: Any) -> None:
+    """Its blocks were computed as generated tokens; the next turn must not find them in the cache."""
+    args = ours.request_args(Policy.of({"breaking": 2.0}, tokens="generated"), world.bank)
+
+    def ask(ids: list[int], tokens: int) -> Any:
+        given = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, extra_args=args)
+        return eager.generate([{"prompt_token_ids": ids}], given, use_tqdm=False)[0].outputs[0]
+
+    first = list(encode(world.loaded.tokenizer, "How do I break a plate of the old sort?").ids)
+    turn = first + list(ask(first, 80).token_ids) + first[-5:]
+    cached = ask(turn, TOKENS)
+    eager.reset_prefix_cache()
+    fresh = ask(turn, TOKENS)
+    assert list(cached.token_ids) == list(fresh.token_ids)
+    assert cached.cumulative_logprob == pytest.approx(fresh.cumulative_logprob, abs=1e-3)
+
+
 def test_a_reading_shares_what_stands_before_the_users_words(world: World, eager: Any) -> None:
     """A long system prompt is computed once; the reading is the reference's, also after it came from the cache."""
     system = "You are a patient and careful assistant for the owners of old houses. " * 2

@@ -5,6 +5,7 @@ V1  GPUModelRunner._prepare_inputs  tells the pass to the armed model: after the
 V2  GPUModelRunner.prepare_inputs   the same; `add_requests` and `_remove_request` keep the sampling parameters at hand,
                                     which this runner throws away
 Request.from_engine_core_request    adds the spec's fingerprint to the cache salt: steered blocks are never shared
+KVCacheManager.get_computed_blocks  of a request that reads, only blocks before the user's words come from the cache
 InputProcessor.process_inputs       refuses a spec that cannot be steered as it says, where it comes in
 WorkerBase                          answers `safesteer_state` and `safesteer_readings` (`collective_rpc`)
 """
@@ -12,7 +13,8 @@ WorkerBase                          answers `safesteer_state` and `safesteer_rea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from safesteer import __version__
@@ -50,14 +52,24 @@ def patch() -> None:
     def salted(cls: Any, request: Any, *arguments: Any, **keywords: Any) -> Any:
         spec = spec_of(request.sampling_params)
         if spec is not None:
-            digest = hashlib.sha256(spec.encode()).hexdigest()
-            request.cache_salt = f"{request.cache_salt or ''}|{NAME}:{digest}"
+            request.cache_salt = f"{request.cache_salt or ''}|{NAME}:{fingerprint(spec, request.prompt_token_ids)}"
         return whole(cls, request, *arguments, **keywords)
 
     Request.from_engine_core_request = classmethod(salted)
     WorkerBase.safesteer_state = _state
     WorkerBase.safesteer_readings = _readings
     setattr(WorkerBase, _MARK, True)
+
+
+def fingerprint(spec: str, prompt: Sequence[int] | None) -> str:
+    """What a steered request's blocks depend on: the spec, and where it moves some kinds of token only, the prompt's length.
+
+    The answer of one turn is prompt in the next: the same tokens under the same spec, but of another kind.
+    """
+    categories = json.loads(spec)["categories"].values()
+    alike = all(isinstance(one, dict) and one.get("tokens") == "all" for one in categories)
+    length = "" if alike else f":{len(prompt or ())}"
+    return hashlib.sha256(spec.encode()).hexdigest() + length
 
 
 def _first_runner() -> None:
@@ -181,6 +193,7 @@ def untested(config: Any) -> str | None:
     checks = {
         "speculative decoding": config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": getattr(parallel, "data_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "dual batch overlap": getattr(parallel, "use_ubatching", False),
         "fast prefill by shared KV layers": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
@@ -222,6 +235,8 @@ def _processing(original: Any) -> Any:
                     )
                 setattr(self, _MARK + "_specs", specs)
             try:
+                if keywords.get("resumable"):
+                    raise SteeringError("a prompt that comes in pieces cannot be steered; send it whole")
                 if spec is not None:
                     specs.policy(spec)
                 if read is not None:

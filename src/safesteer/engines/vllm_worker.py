@@ -96,6 +96,9 @@ class Armed:
             self._states = torch.zeros(len(bank.gate.layers), tokens, layout.width, dtype=dtype, device=device)
             for slot, layer in enumerate(bank.gate.layers):
                 _tap(layout.blocks[layer], self._states[slot])
+            # Buffers of the model, so that they are there again when an engine wakes from sleep.
+            layout.blocks[bank.gate.layers[0]].register_buffer("safesteer_centres", self._centres, persistent=False)
+            layout.blocks[bank.gate.layers[0]].register_buffer("safesteer_weights", self._weights, persistent=False)
 
     def fill(self, now: Pass) -> None:
         """Before a pass."""
@@ -127,7 +130,7 @@ class Armed:
             start += count
 
     def state(self) -> dict[str, Any]:
-        """The bank's digest, vLLM's runner (1 or 2), the blocks that steer, and how many requests were steered so far."""
+        """The bank's digest, vLLM's runner (1 or 2), the blocks that steer, and how many plans were written so far."""
         return {
             "armed": True,
             "bank": self.specs.digest,
