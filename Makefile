@@ -49,8 +49,8 @@ test-vllm: $(VLLM)/.installed
 
 # One engine of each kind, a few minutes: what CI runs.
 test-vllm-short: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/vllm -k 'test_serve or eager or shared or refused'
-	$(SECOND) $(VLLM)/bin/python -m pytest tests/vllm -k 'eager or shared'
+	$(VLLM)/bin/python -m pytest tests/vllm -k 'test_serve or eager or shared or refused or next_turn'
+	$(SECOND) $(VLLM)/bin/python -m pytest tests/vllm -k 'eager or shared or next_turn'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
