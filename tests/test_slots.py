@@ -62,7 +62,9 @@ def test_slots_come_back_and_leave_nothing_behind() -> None:
 def test_engines_that_were_not_tested_are_named() -> None:
     def config(**given: Any) -> Any:
         parallel = SimpleNamespace(
-            pipeline_parallel_size=given.pop("stages", 1), use_ubatching=given.pop("overlap", False)
+            pipeline_parallel_size=given.pop("stages", 1),
+            data_parallel_size=given.pop("replicas", 1),
+            use_ubatching=given.pop("overlap", False),
         )
         plain = {"kv_transfer_config": None, "speculative_config": None, "cache_config": SimpleNamespace()}
         return SimpleNamespace(parallel_config=parallel, **{**plain, **given})
@@ -75,6 +77,7 @@ def test_engines_that_were_not_tested_are_named() -> None:
     )
     assert untested(config(speculative_config=SimpleNamespace())) == "speculative decoding"
     assert untested(config(stages=2)) == "pipeline parallelism"
+    assert untested(config(replicas=2)) == "data parallelism"
     assert untested(config(overlap=True)) == "dual batch overlap"
 
 

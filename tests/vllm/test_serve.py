@@ -195,13 +195,13 @@ def test_what_is_not_served(world: World, engine: VllmEngine, tmp_path: Path) ->
         VllmEngine(arguments(changed, world.model, SMALL), world.bank, world.loaded.tokenizer, world.loaded.stop_ids)
 
 
-def test_when_vllm_ends_requests_fail_and_the_server_is_not_healthy(world: World, engine: VllmEngine) -> None:  # noqa: F811
+def test_when_vllm_ends_requests_fail_and_it_is_not_alive(world: World, engine: VllmEngine) -> None:  # noqa: F811
     job = Job(encode(world.loaded.tokenizer, "How?"), Policy.of({"breaking": 1.0}).resolved(world.bank), 12)
     assert answer(engine, job).text
     [process] = engine._llm.engine_core.resources.engine_manager.processes
     process.kill()
     with pytest.raises(SteeringError, match=r"failed|ended"):
-        while True:
+        for _ in range(100):
             answer(engine, job, 30)
     assert not engine.alive
     with pytest.raises(SteeringError, match="vLLM ended"):

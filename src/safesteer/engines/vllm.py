@@ -61,7 +61,7 @@ class Specs:
         self.bank, self.digest = bank, bank.digest()
         self.layers = bank.acting
         self._policies = lru_cache(POLICIES)(self._parse)
-        self._plans = lru_cache(PLANS)(lambda spec: plan(self.policy(spec), bank))
+        self._plans = lru_cache(PLANS)(lambda spec: plan(self._policies(spec), bank))
 
     def args(self, policy: Policy) -> dict[str, Any]:
         """See `request_args`; the digest of the bank is not made anew for each request."""
@@ -80,14 +80,11 @@ class Specs:
 
     def plan(self, spec: Any) -> Plan:
         """What a spec does. Raises as `policy`."""
-        self.policy(spec)
-        return self._plans(spec)
+        return self._plans(_text(spec))
 
     def policy(self, spec: Any) -> Policy:
         """The policy of a spec, resolved. Raises `SafeSteerError` with a sentence for the client."""
-        if not isinstance(spec, str) or len(spec) > LONGEST:
-            raise SteeringError(f"the {NAME} spec must be a JSON string of at most {LONGEST} characters")
-        return self._policies(spec)
+        return self._policies(_text(spec))
 
     def _parse(self, spec: str) -> Policy:
         try:
@@ -110,6 +107,12 @@ class Specs:
         for name, how in policy.categories.items():
             if how.strength and (how.layers is not None or how.site != "directions"):
                 raise SteeringError(f"{name}: inside vLLM a policy cannot name `layers` or `site`; leave them out")
+
+
+def _text(spec: Any) -> str:
+    if not isinstance(spec, str) or len(spec) > LONGEST:
+        raise SteeringError(f"the {NAME} spec must be a JSON string of at most {LONGEST} characters")
+    return spec
 
 
 def spec_of(params: Any, name: str = NAME) -> Any:

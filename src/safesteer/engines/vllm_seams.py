@@ -1,13 +1,16 @@
 """All that is patched in vLLM, for the minor versions in `TESTED`: a new vLLM is this file.
 
-runner.load_model                   the model is armed (`safesteer.engines.vllm_worker`), or the engine does not start
-V1  GPUModelRunner._prepare_inputs  tells the pass to the armed model: after the batch is put together, before it runs
-V2  GPUModelRunner.prepare_inputs   the same; `add_requests` and `_remove_request` keep the sampling parameters at hand,
-                                    which this runner throws away
-Request.from_engine_core_request    adds the spec's fingerprint to the cache salt: steered blocks are never shared
-KVCacheManager.get_computed_blocks  of a request that reads, only blocks before the user's words come from the cache
-InputProcessor.process_inputs       refuses a spec that cannot be steered as it says, where it comes in
-WorkerBase                          answers `safesteer_state` and `safesteer_readings` (`collective_rpc`)
+In every process where vLLM loads general plugins:
+
+    EngineArgs.create_engine_config     an engine that was not tested, or whose bank is not the one meant, does not start
+    runner.load_model                   the same in a worker, whoever configured it; the model is armed (`vllm_worker`)
+    V1  GPUModelRunner._prepare_inputs  tells the pass to the armed model: after the batch is put together, before it runs
+    V2  GPUModelRunner.prepare_inputs   the same; `add_requests` and `_remove_request` keep the sampling parameters at hand,
+                                        which this runner throws away
+    Request.from_engine_core_request    adds the spec's fingerprint to the cache salt: steered blocks are never shared
+    KVCacheManager.get_computed_blocks  of a request that reads, only blocks before the user's words come from the cache
+    InputProcessor.process_inputs       refuses a spec that cannot be steered as it says, where it comes in
+    WorkerBase                          answers `safesteer_state` and `safesteer_readings` (`collective_rpc`)
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 def patch() -> None:
     """Patch vLLM in this process, once. Raises `SteeringError` for a version that was not tested."""
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.request import Request
@@ -43,6 +47,7 @@ def patch() -> None:
         raise SteeringError(
             f"vLLM {vllm.__version__} was not tested with SafeSteer {__version__}; use {', '.join(TESTED)}"
         )
+    _wrap(EngineArgs, "create_engine_config", _configuring)
     _first_runner()
     _second_runner()
     _wrap(KVCacheManager, "get_computed_blocks", _finding)
@@ -166,8 +171,10 @@ def _armed(runner: Any) -> Armed | None:
 def _loading(runner: int) -> Callable[[Any], Any]:
     def loading(original: Any) -> Any:
         def load_model(self: Any, *arguments: Any, **keywords: Any) -> Any:
-            result = original(self, *arguments, **keywords)
             specs = specs_of(self.vllm_config)
+            if specs is not None:
+                refuse_untested(self.vllm_config)
+            result = original(self, *arguments, **keywords)
             if specs is not None and _armed(self) is None:
                 armed = Armed(
                     self.model,
@@ -176,7 +183,6 @@ def _loading(runner: int) -> Callable[[Any], Any]:
                     requests=int(self.max_num_reqs),
                     tokens=int(self.max_num_tokens),
                     dtype=self.dtype,
-                    other=untested(self.vllm_config),
                 )
                 setattr(self, _MARK + "_armed", armed)
             return result
@@ -184,6 +190,23 @@ def _loading(runner: int) -> Callable[[Any], Any]:
         return load_model
 
     return loading
+
+
+def _configuring(original: Any) -> Any:
+    def create_engine_config(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        config = original(self, *arguments, **keywords)
+        if specs_of(config) is not None:
+            refuse_untested(config)
+        return config
+
+    return create_engine_config
+
+
+def refuse_untested(config: Any) -> None:
+    """Raise `SteeringError` for a vLLM configuration that names anything `untested`."""
+    other = untested(config)
+    if other is not None:
+        raise SteeringError(f"steering inside vLLM was not tested with {other}; start the engine without it")
 
 
 def untested(config: Any) -> str | None:

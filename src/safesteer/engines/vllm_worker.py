@@ -73,10 +73,7 @@ class Armed:
         requests: int,
         tokens: int,
         dtype: torch.dtype,
-        other: str | None = None,
     ) -> None:
-        if other is not None:
-            raise SteeringError(f"steering inside vLLM was not tested with {other}; start the engine without it")
         self.specs, self.runner = specs, runner
         self.steered = 0
         bank = specs.bank
