@@ -1,9 +1,11 @@
 """What steering costs inside vLLM: two engines in one run, taking turns, one of them with the plugin.
 
     .venv-vllm/bin/python benchmarks/vllm_throughput.py BANK --model FOLDER        # FOLDER: the bank's model as safetensors
+    python benchmarks/vllm_throughput.py --shape llama-7b --dtype bfloat16 --batches 1 8 32 128 --tokens 128    # a GPU
 
-Every request is steered differently. Prints, for each batch size, seconds without the plugin and the ratio with it (median over
-rounds, and its range), for whole answers and for the first token.
+With `--shape` the weights and the bank are drawn at random; no file is needed. Every request is steered differently. Prints, for
+each batch size, seconds without the plugin and the ratio with it (median over rounds, and its range), for whole answers and for
+the first token.
 """
 
 from __future__ import annotations
@@ -12,25 +14,105 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
+
+import torch
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import vllm
 from safesteer.engines.vllm import armed, options, request_args
+from safesteer.models import Fingerprint
 from safesteer.policy import Policy
 from safesteer.vectors import VectorBank
+from safesteer.vectors.fitting import ACTING, BAND, GATE, band
+from safesteer.vectors.gate import Gate
 from vllm import LLM, SamplingParams
 
+# Llama-2-7B and Qwen2-7B; and a small one, to try the command.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 10, "num_attention_heads": 4},
+    "qwen2-7b": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+}
 TOPICS = ("tides", "bread", "bicycles", "the moon", "chess", "rain", "violins", "bees")
 
 
-def timed(llm: Any, prompts: list[str], parameters: list[Any]) -> float:
+def drawn(shape: dict[str, Any], folder: Path, dtype: str) -> Path:
+    """A model's configuration and a bank for it in `folder`: 12 categories, acting and read where a fit would choose."""
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_key_value_heads": shape["num_attention_heads"],
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "torch_dtype": dtype,
+        **shape,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    depth, width = shape["num_hidden_layers"], shape["hidden_size"]
+    layers, acting = band(depth, *BAND), band(depth, *ACTING)
+    read = tuple(sorted({int(fraction * depth) for fraction in GATE}))
+    names = tuple(f"risk_{number}" for number in range(12))
+    gate = Gate(
+        layers=read,
+        categories=names,
+        centres=0.01 * torch.randn(len(read), width),
+        weights=torch.randn(13, 2 * len(read) * width),
+        biases=torch.zeros(13),
+        token_weights=torch.randn(len(read), width),
+        token_bias=torch.zeros(1),
+        calm=torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
+        floors=torch.zeros(12),
+        low=1.0,
+        high=2.0,
+        quality={},
+    )
+    bank = VectorBank(
+        categories=names,
+        layers=layers,
+        site="residual",
+        directions=torch.randn(12, len(layers), width),
+        doses=torch.tensor([0.26 / len(acting) if layer in acting else 0.0 for layer in layers]).repeat(12, 1),
+        residual_norms=torch.full((len(layers),), 10.0),
+        model=Fingerprint(config["architectures"][0], depth, width, config["vocab_size"], "", dtype, {}),
+        gate=gate,
+    )
+    bank.save(folder / "bank.safetensors")
+    return folder / "bank.safetensors"
+
+
+def timed(llm: Any, prompts: list[Any], parameters: list[Any]) -> float:
     """Seconds for the whole batch."""
     began = time.perf_counter()
     llm.generate(prompts, parameters, use_tqdm=False)
     return time.perf_counter() - began
+
+
+def checked(plain: Any, steered: Any, prompts: list[Any], how: list[Any]) -> dict[str, int]:
+    """Of the first prompts, how many answer the same in both engines when unsteered, and how many otherwise when steered."""
+    some, greedy = prompts[:8], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    first, second = (llm.generate(some, greedy, use_tqdm=False) for llm in (plain, steered))
+    moved = steered.generate(some, how[: len(some)], use_tqdm=False)
+    said = [[list(one.outputs[0].token_ids) for one in outputs] for outputs in (first, second, moved)]
+    return {
+        "checked": len(some),
+        "same_unsteered": sum(a == b for a, b, _ in zip(*said, strict=True)),
+        "moved_steered": sum(b != c for _, b, c in zip(*said, strict=True)),
+    }
 
 
 def acting(bank: VectorBank, size: int, tokens: int, turn: int) -> list[Any]:
@@ -48,26 +130,49 @@ def acting(bank: VectorBank, size: int, tokens: int, turn: int) -> list[Any]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bank")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("bank", nargs="?")
+    parser.add_argument("--model")
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="with --shape")
+    parser.add_argument("--options", type=json.loads, default={}, help="further arguments of LLM, as JSON")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     given = parser.parse_args()
-    bank = VectorBank.load(given.bank)
+    if (given.shape is None) == (given.bank is None or given.model is None):
+        parser.error("give BANK and --model, or --shape")
     common = {
-        "dtype": "float32",
+        "dtype": given.dtype,
         "max_model_len": 512,
         "block_size": 32,
-        "max_num_seqs": 32,
+        "max_num_seqs": max(given.batches),
         "enable_prefix_caching": False,
     }
-    plain, steered = LLM(given.model, **common), LLM(given.model, **common, **options(given.bank))
-    armed(steered)
+    folder = Path(tempfile.mkdtemp())
+    model, path = given.model, given.bank
+    if given.shape is not None:
+        model, path = str(folder), drawn(SHAPES[given.shape], folder, given.dtype)
+        common |= {"load_format": "dummy", "skip_tokenizer_init": True}
+    common |= given.options
+    bank = VectorBank.load(path)
+    began = time.perf_counter()
+    plain, steered = LLM(model, **common), LLM(model, **common, **options(path))
+    state = armed(steered)[0]
+    config = steered.llm_engine.vllm_config.compilation_config
+    about = {"runner": state["runner"], "blocks": len(state["layers"]), "graphs": str(config.cudagraph_mode)}
+    about |= {"version": vllm.__version__, "torch": torch.__version__}
+    if torch.cuda.device_count():
+        about["device"] = torch.cuda.get_device_name()
+    print(json.dumps({**about, "mode": str(config.mode), "start": round(time.perf_counter() - began)}), flush=True)
     results = []
     for size in given.batches:
-        prompts = [f"Tell me about {TOPICS[index % len(TOPICS)]}, part {index}." for index in range(size)]
-        row: dict[str, Any] = {"batch": size}
+        prompts: list[Any] = [f"Tell me about {TOPICS[index % len(TOPICS)]}, part {index}." for index in range(size)]
+        if given.shape is not None:
+            drawing = torch.Generator().manual_seed(size)
+            ids = torch.randint(1000, 30000, (size, given.prompt_tokens), generator=drawing)
+            prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
+        row: dict[str, Any] = {"batch": size, **checked(plain, steered, prompts, acting(bank, size, 16, 0))}
         for label, tokens in (("throughput", given.tokens), ("first_token", 1)):
             bare = [SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True) for _ in prompts]
             timed(plain, prompts, bare), timed(steered, prompts, acting(bank, size, tokens, 0))
@@ -78,7 +183,7 @@ def main() -> None:
                 seconds.append(took[id(plain)])
                 ratios.append(took[id(plain)] / took[id(steered)])
             row[label] = {
-                "seconds_without": round(statistics.median(seconds), 3),
+                "seconds_without": round(statistics.median(seconds), 4),
                 "ratio": round(statistics.median(ratios), 3),
                 "range": [round(min(ratios), 3), round(max(ratios), 3)],
             }

@@ -24,6 +24,7 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 
 from safesteer.engines import GenerationSettings, Request, generate, read  # noqa: E402
 from safesteer.engines import vllm as ours  # noqa: E402
+from safesteer.engines.vllm_seams import CONNECTORS  # noqa: E402
 from safesteer.errors import SafeSteerError, SteeringError  # noqa: E402
 from safesteer.models import LoadedModel, encode, load_model  # noqa: E402
 from safesteer.models.chat import turn_markers, turn_start  # noqa: E402
@@ -32,6 +33,7 @@ from safesteer.vectors import VectorBank  # noqa: E402
 from tests.test_explain_attribution import gated  # noqa: E402
 from tests.tiny import make  # noqa: E402
 
+GPUS = torch.cuda.device_count()  # asks the driver alone: a process that used CUDA cannot fork an engine
 SECOND_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 TOKENS = 10
 TEXTS = [f"How do I smash the vase number {number}?{'x' * (7 * number % 40)}" for number in range(16)]
@@ -113,8 +115,10 @@ def eager(world: World) -> Iterator[Any]:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_answer_is_the_references(world: World, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """48 requests, more than slots, twice: the second time from a warm cache."""
-    if SECOND_RUNNER and not MODES[mode]:
+    if os.environ.get("TRITON_INTERPRET") and not MODES[mode]:
         pytest.skip("torch.compile needs a Triton for this machine, not its interpreter")
+    if GPUS and MODES[mode].get("tensor_parallel_size", 1) > GPUS:
+        pytest.skip("needs more GPUs")
     if "tensor_parallel_size" in MODES[mode]:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     llm = start(world, **MODES[mode])
@@ -155,6 +159,30 @@ def test_steered_blocks_are_not_shared_and_would_be_without_the_key(world: World
     assert steered != clean
     assert ask(None) == clean
     assert ask(args) == steered
+
+
+@pytest.mark.skipif(not GPUS, reason="blocks go from a GPU to the CPU and back")
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_blocks_that_come_back_from_a_connector_are_of_the_same_policy(world: World, connector: str) -> None:
+    """All requests three times, the GPU's own cache emptied in between: blocks come from the connector, under the same keys."""
+    transfer = {
+        "kv_connector": connector,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 28},
+    }
+    llm = start(world, enforce_eager=True, kv_transfer_config=transfer)
+    try:
+        ids = list(encode(world.loaded.tokenizer, TEXTS[3]).ids)
+        for turn in range(3):
+            found = ours.generate(llm, world.bank, world.requests, GenerationSettings(TOKENS))
+            assert [one.text for one in found] == [one.text for one in world.expected]
+            assert llm.reset_prefix_cache()
+            given = vllm.SamplingParams(max_tokens=1)
+            [output] = llm.generate([{"prompt_token_ids": ids}], given, use_tqdm=False)
+            assert output.num_cached_tokens > 0, turn
+            assert llm.reset_prefix_cache()
+    finally:
+        stop(llm)
 
 
 @pytest.mark.parametrize(

@@ -60,17 +60,15 @@ class Slots:
                 self._held[name] = self._take(plan_of(name))
         # New memory in each pass: an engine that schedules ahead fills the next one while this one is still being copied.
         fresh = torch.zeros(self._tokens, dtype=torch.long, pin_memory=self.index.is_cuda)
-        staged = fresh.numpy()
-        start = 0
-        for name, count, first, prompt in zip(
-            requests, counts.tolist(), computed.tolist(), prompts.tolist(), strict=True
-        ):
-            slot = self._held[name]
-            if slot is not None:
-                position = np.arange(first, first + count)
-                kinds = np.where(position < prompt - 1, PROMPT, np.where(position == prompt - 1, LAST, GENERATED))
-                staged[start : start + count] = ROWS * slot + kinds
-            start += count
+        slots = [self._held[name] for name in requests]
+        rows = np.array([-1 if slot is None else ROWS * slot for slot in slots], dtype=np.int64)
+        if (rows >= 0).any():
+            # From the first flat token of each request to its position in the prompt.
+            position = np.arange(counts.sum()) + np.repeat(computed - (np.cumsum(counts) - counts), counts)
+            last = np.repeat(prompts - 1, counts)
+            kinds = np.where(position < last, PROMPT, np.where(position == last, LAST, GENERATED))
+            each = np.repeat(rows, counts)
+            fresh.numpy()[: len(each)] = np.where(each < 0, 0, each + kinds)
         self.index.copy_(fresh, non_blocking=True)
 
     def _take(self, plan: Plan | None) -> int | None:
