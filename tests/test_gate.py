@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,9 +11,14 @@ from safesteer.engines import GenerationSettings, Request, Steerer, generate
 from safesteer.errors import SafeSteerError
 from safesteer.models import LoadedModel
 from safesteer.policy import Policy
-from safesteer.vectors.gate import auroc, fit_gate, ridge, strongest
+from safesteer.vectors import gate as gates
+from safesteer.vectors.gate import Gate, Turns, auroc, ridge, strongest
 from tests.test_invariants import TEXTS, batch, logits
 from tests.tiny import bank_for
+
+
+def fit_gate(turns: list[torch.Tensor], words: list[int], **rest: Any) -> Gate:
+    return gates.fit_gate(Turns(turns, words), **rest)
 
 
 def planted(count: int = 60, layers: int = 2, width: int = 16) -> dict[str, object]:

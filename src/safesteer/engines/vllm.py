@@ -134,7 +134,7 @@ def read_spec(spec: Any) -> tuple[str, int]:
 def specs_of(config: Any) -> Specs | None:
     """The bank that a vLLM configuration names; None: none. Raises `SafeSteerError` where it is not the one meant."""
     named = config.additional_config.get(NAME) if isinstance(config.additional_config, dict) else None
-    if named is None:
+    if named is None or (isinstance(named, dict) and "collect" in named):  # read, not steered: `vllm_collect`
         return None
     if not isinstance(named, dict) or not isinstance(named.get("bank"), str):
         raise SteeringError(f"additional_config[{NAME!r}] must name a bank; use safesteer.engines.vllm.options(BANK)")

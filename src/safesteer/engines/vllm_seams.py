@@ -10,7 +10,8 @@ In every process where vLLM loads general plugins:
     Request.from_engine_core_request    adds the spec's fingerprint to the cache salt: steered blocks are never shared
     KVCacheManager.get_computed_blocks  of a request that reads, only blocks before the user's words come from the cache
     InputProcessor.process_inputs       refuses a spec that cannot be steered as it says, where it comes in
-    WorkerBase                          answers `safesteer_state` and `safesteer_readings` (`collective_rpc`)
+    WorkerBase                          answers `safesteer_state`, `safesteer_readings` and, for a fit, `safesteer_given` and
+                                        `safesteer_collected` (`collective_rpc`)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from safesteer import __version__
 from safesteer.engines.vllm import NAME, READ, Specs, read_spec, spec_of, specs_of
+from safesteer.engines.vllm_collect import COLLECT, Collector, Job, what_of
 from safesteer.engines.vllm_worker import Armed, Pass
 from safesteer.errors import SafeSteerError, SteeringError
 
@@ -63,6 +65,8 @@ def patch() -> None:
     Request.from_engine_core_request = classmethod(salted)
     WorkerBase.safesteer_state = _state
     WorkerBase.safesteer_readings = _readings
+    WorkerBase.safesteer_given = _given
+    WorkerBase.safesteer_collected = _collected
     setattr(WorkerBase, _MARK, True)
 
 
@@ -163,28 +167,26 @@ def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     setattr(owner, name, make(getattr(owner, name)))
 
 
-def _armed(runner: Any) -> Armed | None:
-    found: Armed | None = vars(runner).get(_MARK + "_armed")
+def _armed(runner: Any) -> Armed | Collector | None:
+    found: Armed | Collector | None = vars(runner).get(_MARK + "_armed")
     return found
 
 
 def _loading(runner: int) -> Callable[[Any], Any]:
     def loading(original: Any) -> Any:
         def load_model(self: Any, *arguments: Any, **keywords: Any) -> Any:
-            specs = specs_of(self.vllm_config)
-            if specs is not None:
+            specs, what = specs_of(self.vllm_config), what_of(self.vllm_config)
+            if specs is not None or what is not None:
                 refuse_untested(self.vllm_config)
             result = original(self, *arguments, **keywords)
-            if specs is not None and _armed(self) is None:
-                armed = Armed(
-                    self.model,
-                    specs,
-                    runner=runner,
-                    requests=int(self.max_num_reqs),
-                    tokens=int(self.max_num_tokens),
-                    dtype=self.dtype,
-                )
+            sizes: dict[str, Any] = {"runner": runner, "tokens": int(self.max_num_tokens), "dtype": self.dtype}
+            if _armed(self) is not None:
+                return result
+            if specs is not None:
+                armed = Armed(self.model, specs, requests=int(self.max_num_reqs), **sizes)
                 setattr(self, _MARK + "_armed", armed)
+            elif what is not None:
+                setattr(self, _MARK + "_armed", Collector(self.model, what, **sizes))
             return result
 
         return load_model
@@ -195,7 +197,7 @@ def _loading(runner: int) -> Callable[[Any], Any]:
 def _configuring(original: Any) -> Any:
     def create_engine_config(self: Any, *arguments: Any, **keywords: Any) -> Any:
         config = original(self, *arguments, **keywords)
-        if specs_of(config) is not None:
+        if specs_of(config) is not None or what_of(config) is not None:
             refuse_untested(config)
         return config
 
@@ -248,6 +250,14 @@ def _processing(original: Any) -> Any:
 
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *arguments: Any, **keywords: Any) -> Any:
         spec, read = spec_of(params), spec_of(params, READ)
+        collect = spec_of(params, COLLECT)
+        if collect is not None:
+            try:
+                Job.parse(collect)
+                if what_of(self.vllm_config) is None:
+                    raise SteeringError("the engine was not started to read prompts for a fit")
+            except SafeSteerError as error:
+                raise VLLMValidationError(str(error)) from None
         if spec is not None or read is not None:
             specs: Specs | None = vars(self).get(_MARK + "_specs")
             if specs is None:
@@ -287,4 +297,21 @@ def _state(worker: Any) -> dict[str, Any]:
 def _readings(worker: Any, marks: list[str]) -> list[dict[str, Any] | None]:
     """See `Armed.readings`."""
     found = _armed(worker.model_runner)
-    return [None] * len(marks) if found is None else found.readings(marks)
+    return found.readings(marks) if isinstance(found, Armed) else [None] * len(marks)
+
+
+def _collector(worker: Any) -> Collector:
+    found = _armed(worker.model_runner)
+    if not isinstance(found, Collector):
+        raise SteeringError("the engine was not started to read prompts for a fit")
+    return found
+
+
+def _given(worker: Any, name: str, data: bytes, shape: list[int]) -> None:
+    """See `Collector.given`."""
+    _collector(worker).given(name, data, shape)
+
+
+def _collected(worker: Any, shard: str) -> dict[str, Any]:
+    """See `Collector.collected`."""
+    return _collector(worker).collected(shard)

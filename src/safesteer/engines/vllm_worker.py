@@ -92,7 +92,7 @@ class Armed:
             self._weights = bank.gate.token_weights.to(device)
             self._states = torch.zeros(len(bank.gate.layers), tokens, layout.width, dtype=dtype, device=device)
             for slot, layer in enumerate(bank.gate.layers):
-                _tap(layout.blocks[layer], self._states[slot])
+                tap(layout.blocks[layer], self._states[slot])
             # Buffers of the model, so that they are there again when an engine wakes from sleep.
             layout.blocks[bank.gate.layers[0]].register_buffer("safesteer_centres", self._centres, persistent=False)
             layout.blocks[bank.gate.layers[0]].register_buffer("safesteer_weights", self._weights, persistent=False)
@@ -196,17 +196,20 @@ def _patch(module: torch.nn.Module, table: torch.Tensor, index: torch.Tensor) ->
     module.forward = forward
 
 
-def _tap(block: torch.nn.Module, states: torch.Tensor) -> None:
-    """Copy the residual stream after the block into `states`. vLLM's blocks give it in two parts, which the next one adds."""
-    original = block.forward
-    block.register_buffer("safesteer_states", states, persistent=False)
+def tap(module: torch.nn.Module, states: torch.Tensor, whole: bool = False) -> None:
+    """Copy what the module gives into `states`: the residual stream after a block, or, `whole`, what a part of one adds to it.
+
+    vLLM's blocks give the stream in two parts, which the next one adds.
+    """
+    original = module.forward
+    module.register_buffer("safesteer_states", states, persistent=False)
 
     def forward(*arguments: Any, **keywords: Any) -> Any:
         output = original(*arguments, **keywords)
         hidden = hidden_of(output)
-        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], torch.Tensor):
+        if not whole and isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], torch.Tensor):
             hidden = hidden + output[1]
-        block.safesteer_states[: hidden.shape[0]].copy_(hidden)  # type: ignore[index]
+        module.safesteer_states[: hidden.shape[0]].copy_(hidden)  # type: ignore[index]
         return output
 
-    block.forward = forward
+    module.forward = forward

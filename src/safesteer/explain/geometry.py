@@ -504,7 +504,7 @@ def separation(
                     continue  # permuted labels without pairs may leave a fold with one kind
                 fitted = direction
                 if fitted is None:
-                    fitted = clip_massive(mean_difference(rest[known], rest[~known]), rest).direction
+                    fitted = clip_massive(mean_difference(rest[known], rest[~known]), rest.abs().mean(dim=0)).direction
                 scores = -(test @ fitted)
                 total += ways * auroc(scores[positive], scores[~positive])
                 weight += ways

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safesteer.errors import SafeSteerError
 from safesteer.models.chat import template_digest
 from safesteer.models.embedded import embedded_source
-from safesteer.models.fingerprint import Fingerprint, sampled
+from safesteer.models.fingerprint import Fingerprint, compared, sampled
 from safesteer.models.loading import EMBEDDED, quiet_transformers
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken")
@@ -33,13 +33,31 @@ class ModelFiles:
     tokenizer: Any
     config: Any
     stop_ids: frozenset[int]
+    revision: str | None = None
 
-    def fingerprint(self, names: Collection[str]) -> Fingerprint:
-        """As `models.fingerprint`, of the parameters `names` as far as the files hold them under these names."""
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return int(self.config.get_text_config().hidden_size)
+
+    def fingerprint(self, names: Collection[str] | None = None) -> Fingerprint:
+        """As `models.fingerprint`, of the parameters `names`, as far as the files hold them under these names; None: of some."""
         text = self.config.get_text_config()
         weights: dict[str, tuple[float, ...]] = {}
+        paths = sorted(self.folder.glob("*.safetensors"))
         try:
-            for path in sorted(self.folder.glob("*.safetensors")):
+            if names is None:
+                held: list[str] = []
+                for path in paths:
+                    with safe_open(path, framework="pt") as file:
+                        held += file.keys()
+                names = compared(held)
+            for path in paths:
                 with safe_open(path, framework="pt") as file:
                     for name in sorted(set(names) & set(file.keys())):
                         tensor = file.get_tensor(name)
@@ -50,8 +68,8 @@ class ModelFiles:
         dtype = getattr(text, "dtype", None) or torch.float32
         return Fingerprint(
             architecture=(self.config.architectures or ["?"])[0],
-            layers=int(text.num_hidden_layers),
-            width=int(text.hidden_size),
+            layers=self.depth,
+            width=self.width,
             vocabulary=int(text.vocab_size),
             template=template_digest(self.tokenizer),
             dtype=str(dtype).removeprefix("torch."),
@@ -82,7 +100,7 @@ def model_files(
     stops: set[int] = set()
     for value in (_generation_end(folder, config), tokenizer.eos_token_id):
         stops.update(value if isinstance(value, list) else [value] if value is not None else [])
-    return ModelFiles(folder, name, tokenizer, config, frozenset(stops))
+    return ModelFiles(folder, name, tokenizer, config, frozenset(stops), revision)
 
 
 def _generation_end(folder: Path, config: Any) -> Any:

@@ -7,6 +7,7 @@ the rounding of the coarser; quantised parameters (not floating point) are left 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,16 +81,21 @@ def sampled(parameter: torch.Tensor) -> tuple[float, ...]:
     return tuple(flat[positions.to(flat.device)].float().cpu().tolist())
 
 
+def compared(names: Iterable[str]) -> list[str]:
+    """The parameters to sample, in order: by name alone, so that a quantised model offers the same, less the quantised ones."""
+    ordered = sorted(names)
+    if not ordered:
+        return []
+    places = {round(i * (len(ordered) - 1) / max(1, PARAMETERS - 1)) for i in range(PARAMETERS)}
+    return [ordered[place] for place in sorted(places)]
+
+
 def fingerprint(loaded: LoadedModel) -> Fingerprint:
     """The fingerprint of a loaded model; reads a few hundred values, so it takes milliseconds."""
-    # Chosen by name alone, so that a quantised model offers the same names, less the quantised ones.
-    parameters = sorted(loaded.model.named_parameters(), key=lambda pair: pair[0])
-    chosen = (
-        {round(i * (len(parameters) - 1) / max(1, PARAMETERS - 1)) for i in range(PARAMETERS)} if parameters else set()
-    )
+    parameters = dict(loaded.model.named_parameters())
     weights: dict[str, tuple[float, ...]] = {}
-    for index in sorted(chosen):
-        name, parameter = parameters[index]
+    for name in compared(parameters):
+        parameter = parameters[name]
         if not parameter.is_floating_point() or parameter.device.type == "meta" or parameter.numel() == 0:
             continue
         weights[name] = sampled(parameter)

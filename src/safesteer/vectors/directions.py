@@ -71,21 +71,21 @@ class Clipped:
     share: float
 
 
-def massive_dimensions(reference: torch.Tensor, factor: float = MASSIVE) -> torch.Tensor:
-    """Bool `[width]`: dimensions of `reference [n, width]` whose mean magnitude is over `factor` times the median.
+def massive_dimensions(magnitude: torch.Tensor, factor: float = MASSIVE) -> torch.Tensor:
+    """Bool `[width]`: dimensions whose mean magnitude (of `magnitude [width]`) is over `factor` times the median.
 
     A few dimensions of some models carry activations hundreds of times the rest (Sun et al., arXiv 2402.17762).
     """
-    magnitude = reference.abs().mean(dim=0)
     return magnitude > factor * magnitude.quantile(0.5)
 
 
-def clip_massive(direction: torch.Tensor, reference: torch.Tensor, factor: float = MASSIVE) -> Clipped:
+def clip_massive(direction: torch.Tensor, magnitude: torch.Tensor, factor: float = MASSIVE) -> Clipped:
     """Limit the direction's massive dimensions to the largest magnitude among its other dimensions.
 
-    Without it such a dimension can hold most of a direction's energy, and steering along it breaks the text.
+    `magnitude [width]`: of the activations, mean of absolute values. Without it such a dimension can hold most of a direction's
+    energy, and steering along it breaks the text.
     """
-    massive = massive_dimensions(reference, factor)
+    massive = massive_dimensions(magnitude, factor)
     if not bool(massive.any()) or bool(massive.all()):
         return Clipped(direction, 0.0)
     limit = direction[~massive].abs().max()

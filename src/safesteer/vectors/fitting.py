@@ -18,21 +18,22 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
 from safesteer import taxonomy
-from safesteer.activations import Activations, Position, collect
+from safesteer.activations import Position, collect
 from safesteer.answers import answer_means
 from safesteer.errors import PromptFileError, SafeSteerError
-from safesteer.models import EncodedPrompt, LoadedModel, Site, encode, fingerprint
+from safesteer.models import EncodedPrompt, Fingerprint, LoadedModel, Site, encode, fingerprint
+from safesteer.models.files import ModelFiles
 from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
 from safesteer.prompts.forms import in_form
 from safesteer.prompts.sets import evenly
 from safesteer.vectors.bank import VectorBank
 from safesteer.vectors.directions import Method, clip_massive, direction, shrink, towards
-from safesteer.vectors.gate import FALSE_ALARM, Gate, check_false_alarm, fit_gate
+from safesteer.vectors.gate import FALSE_ALARM, Gate, Joined, Turns, TurnSource, check_false_alarm, fit_gate
 from safesteer.vectors.neurons import RiskNeurons, most_selective, neuron_activations
 
 Recipe = Literal["default", "paper"]
@@ -149,7 +150,7 @@ def band(depth: int, first: float, last: float) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One prompt to read: what it is (`harmful`, `matched`, `pool`, `soundalike`, `own`), and about which category.
 
     A row that is not `plain` stands in another form (`prompts.forms`), for the gate alone.
@@ -162,73 +163,184 @@ class _Row:
     plain: bool = True
 
 
+MakeReader = Callable[["CompleteSettings", Callable[[int], None]], "Reader"]
+
+
+class Source(Protocol):
+    """Where directions are read: what some rows left behind at the kept layers."""
+
+    def direction(self, name: str, harmless: str, slot: int, chosen: CompleteSettings) -> tuple[torch.Tensor, float]:
+        """The direction of a category at a kept layer `[width]`, and the share of its energy that was clipped."""
+
+
+class Reader(Protocol):
+    """What reads prompts for a fit: a transformers model (`Here`), or the workers of vLLM (`safesteer.engines.vllm_fit`).
+
+    Both take rows and their prompts in the same order; `layers` are 0-based.
+    """
+
+    def prompts(
+        self,
+        rows: Sequence[Row],
+        encoded: Sequence[EncodedPrompt],
+        layers: Sequence[int],
+        site: Site,
+        position: Position,
+        turn_layers: Sequence[int] = (),
+    ) -> tuple[Source, torch.Tensor, TurnSource | None]:
+        """Directions in the prompts, the mean residual norm of their words at `layers`, and, of `turn_layers`, whole turns."""
+
+    def answers(
+        self, rows: Sequence[Row], encoded: Sequence[EncodedPrompt], layers: Sequence[int], site: Site
+    ) -> Source:
+        """Directions in the answers to the prompts."""
+
+
+@dataclass(frozen=True)
+class Activated:
+    """A `Source` that holds activations `[layers, rows, width]`."""
+
+    rows: Sequence[Row]
+    activations: torch.Tensor
+
+    def direction(self, name: str, harmless: str, slot: int, chosen: CompleteSettings) -> tuple[torch.Tensor, float]:
+        """See `Source`."""
+        values = self.activations[slot]
+        harmful = [row.kind == "harmful" and row.category == name for row in self.rows]
+        against = [row.kind == harmless and row.category in (name, None) for row in self.rows]
+        vector = direction(chosen.method, values[torch.tensor(harmful)], values[torch.tensor(against)])
+        if not chosen.clip:
+            return vector, 0.0
+        result = clip_massive(vector, values.abs().mean(dim=0))
+        return result.direction, round(result.share, 4)
+
+
+@dataclass(frozen=True)
+class Here:
+    """A `Reader`: a transformers model in this process. `progress` is called with the number of prompts just read."""
+
+    loaded: LoadedModel
+    progress: Callable[[int], None] = lambda count: None
+
+    def prompts(
+        self,
+        rows: Sequence[Row],
+        encoded: Sequence[EncodedPrompt],
+        layers: Sequence[int],
+        site: Site,
+        position: Position,
+        turn_layers: Sequence[int] = (),
+    ) -> tuple[Source, torch.Tensor, TurnSource | None]:
+        """See `Reader`."""
+        sites: tuple[Site, ...] = tuple(dict.fromkeys([site, *(["residual"] if turn_layers else [])]))  # type: ignore[list-item]
+        every = sorted({*layers, *turn_layers})
+        read = collect(self.loaded, encoded, every, sites, (position,), turn_layers=turn_layers, progress=self.progress)
+        kept = [read.layers.index(layer) for layer in layers]
+        turns = Turns(read.turns, read.words) if turn_layers else None
+        return Activated(rows, read.values[site, position][kept]), read.residual_norms[kept], turns
+
+    def answers(
+        self, rows: Sequence[Row], encoded: Sequence[EncodedPrompt], layers: Sequence[int], site: Site
+    ) -> Source:
+        """See `Reader`."""
+        return Activated(rows, answer_means(self.loaded, encoded, layers, site, progress=self.progress))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a fit must know of its model, wherever that runs."""
+
+    name: str
+    revision: str | None
+    tokenizer: Any
+    depth: int
+    width: int
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, model: LoadedModel | ModelFiles) -> Subject:
+        """Of a model that is loaded, or of its files."""
+        if isinstance(model, ModelFiles):
+            return cls(model.name, model.revision, model.tokenizer, model.depth, model.width, model.fingerprint())
+        revision = model.revision or getattr(model.model.config, "_commit_hash", None)
+        return cls(model.name, revision, model.tokenizer, model.layout.depth, model.layout.width, fingerprint(model))
+
+
 def fit(
-    loaded: LoadedModel,
+    model: LoadedModel | ModelFiles,
     categories: Sequence[str] | None = None,
     prompts: PromptSet | None = None,
     settings: FitSettings | None = None,
     *,
+    reader: MakeReader | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VectorBank:
     """Fit a bank.
 
     `prompts` are your own harmful prompts, each with its category; `categories` restricts them, or names built-in ones.
-    With neither, every built-in category is fitted. Only prompts of the `fit` split are read. `progress(done, total)` counts
-    prompts. Raises `SafeSteerError` (or a subclass) with one sentence on what to do.
+    With neither, every built-in category is fitted. Only prompts of the `fit` split are read. `reader(settings, count)` makes
+    what reads them, which calls `count` with the number of prompts just read; a model that is loaded reads them itself.
+    `progress(done, total)` counts prompts. Raises `SafeSteerError` (or a subclass) with one sentence on what to do.
     """
-    chosen = (settings or FitSettings()).complete(loaded.layout.depth)
+    subject = Subject.of(model)
+    chosen = (settings or FitSettings()).complete(subject.depth)
     for what, value in (("dose", chosen.dose), ("multiplier", chosen.multiplier)):
         if value is not None and not 0 < value < math.inf:
             raise SafeSteerError(f"the {what} {value:g} must be a number above 0")
     check_false_alarm(chosen.false_alarm)
     if not 0 <= chosen.shrinkage <= 1:
         raise SafeSteerError(f"shrinkage {chosen.shrinkage:g} is not within 0 to 1")
-    loaded.layout.module(chosen.site, 0)
-    if chosen.neurons:
-        loaded.layout.projection(0)
+    if isinstance(model, LoadedModel):
+        model.layout.module(chosen.site, 0)
+        if chosen.neurons:
+            model.layout.projection(0)
+    elif chosen.neurons:
+        raise SafeSteerError("risk neurons are found by --engine transformers alone; leave out --neurons")
     sets = harmful_sets(categories, prompts)
     rows = _rows(sets, chosen)
-    encoded = _encode_all(loaded, [row.text for row in rows])
-    layers = sorted({*chosen.kept_layers, *(chosen.gate_layers if chosen.gate else ())})
-    sites: tuple[Site, ...] = tuple(dict.fromkeys([chosen.site, *(["residual"] if chosen.gate else [])]))  # type: ignore[list-item]
     formed = _formed(rows) if chosen.gate else []
-    encoded_forms = _encode_all(loaded, [row.text for row in formed])
     spoken = _answered(rows, sets, chosen) if "answer" in chosen.position else []
     lent = _lent(sets, chosen)
-    encoded_lent = _encode_all(loaded, [row.text for row in lent])
-    lent_answers = len(lent) if "answer" in chosen.position else 0
     paired = _paired(sets) if chosen.neurons else {}
+    asked = len(rows) + len(formed) + len(spoken) + len(lent) * (1 + ("answer" in chosen.position))
     done = 0
 
     def count(more: int) -> None:
         nonlocal done
         done += more
-        progress(
-            done, len(rows) + len(formed) + len(spoken) + len(lent) + lent_answers + 2 * sum(map(len, paired.values()))
-        )
+        progress(done, asked + 2 * sum(map(len, paired.values())))
 
+    if reader is None:
+        if not isinstance(model, LoadedModel):
+            raise SafeSteerError("files alone read no prompts; give a reader, or load the model")
+        reading: Reader = Here(model, count)
+    else:
+        reading = reader(chosen, count)
     position: Position = "mean" if chosen.position == "mean" else "last"
+    layers, site = chosen.kept_layers, chosen.site
     gate_layers = chosen.gate_layers if chosen.gate else ()
-    read = collect(loaded, encoded, layers, sites, (position,), turn_layers=gate_layers, progress=count)
-    kept = [read.layers.index(layer) for layer in chosen.kept_layers]
-    sources = [_Source(rows, read.values[chosen.site, position][kept])] if chosen.position != "answer" else []
+    encoded = _encode_all(subject.tokenizer, [row.text for row in rows])
+    read, norms, turns = reading.prompts(rows, encoded, layers, site, position, gate_layers)
+    sources = [read] if chosen.position != "answer" else []
     if spoken:
-        asked = [encoded[index] for index in spoken]
-        means = answer_means(loaded, asked, chosen.kept_layers, chosen.site, progress=count)
-        sources.append(_Source([rows[index] for index in spoken], means))
-    lenders: list[_Source] = []
+        sources.append(
+            reading.answers([rows[index] for index in spoken], [encoded[index] for index in spoken], layers, site)
+        )
+    encoded_lent = _encode_all(subject.tokenizer, [row.text for row in lent])
+    lenders: list[Source] = []
     if lent and chosen.position != "answer":
-        ends = collect(loaded, encoded_lent, chosen.kept_layers, (chosen.site,), (position,), progress=count)
-        lenders.append(_Source(lent, ends.values[chosen.site, position]))
-    if lent_answers:
-        means = answer_means(loaded, encoded_lent, chosen.kept_layers, chosen.site, progress=count)
-        lenders.append(_Source(lent, means))
+        lenders.append(reading.prompts(lent, encoded_lent, layers, site, position)[0])
+    if lent and "answer" in chosen.position:
+        lenders.append(reading.answers(lent, encoded_lent, layers, site))
     gate = None
-    if chosen.gate:
-        forms = collect(loaded, encoded_forms, gate_layers, turn_layers=gate_layers, progress=count)
-        gate = _gate([*rows, *formed], (read, forms), chosen)
-    neurons = _neurons(loaded, paired, chosen.neurons, count) if chosen.neurons else None
-    return replace(_assemble(loaded, sets, sources, lenders, read, chosen, gate), neurons=neurons)
+    if turns is not None:
+        encoded_forms = _encode_all(subject.tokenizer, [row.text for row in formed])
+        forms = reading.prompts(formed, encoded_forms, gate_layers, "residual", "last", gate_layers)[2]
+        gate = _gate([*rows, *formed], Joined([part for part in (turns, forms) if part is not None]), chosen)
+    neurons = None
+    if isinstance(model, LoadedModel) and chosen.neurons:
+        neurons = _neurons(model, paired, chosen.neurons, count)
+    return replace(_assemble(subject, sets, sources, lenders, norms, chosen, gate), neurons=neurons)
 
 
 def harmful_sets(categories: Sequence[str] | None, prompts: PromptSet | None) -> dict[str, PromptSet]:
@@ -264,63 +376,44 @@ def _source(name: str, prompts: PromptSet, chosen: CompleteSettings) -> str:
     return "matched" if chosen.harmless != "shared" and prompts.fully_matched else "shared"
 
 
-def _rows(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[_Row]:
-    rows: list[_Row] = []
+def _rows(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[Row]:
+    rows: list[Row] = []
     sources = {name: _source(name, prompts, chosen) for name, prompts in sets.items()}
     for name, prompts in sets.items():
         for index, prompt in enumerate(prompts):
             group = f"{name}/{prompt.subtopic or index}"
-            rows.append(_Row(prompt.text, "harmful", name, group))
+            rows.append(Row(prompt.text, "harmful", name, group))
             if prompt.matched is not None and (sources[name] == "matched" or chosen.gate):
-                rows.append(_Row(prompt.matched, "matched", name, group))
+                rows.append(Row(prompt.matched, "matched", name, group))
     if chosen.gate or "pool" in sources.values():
-        rows += [_Row(prompt.text, "pool", None, f"pool/{prompt.subtopic}") for prompt in harmless_pool().split("fit")]
+        rows += [Row(prompt.text, "pool", None, f"pool/{prompt.subtopic}") for prompt in harmless_pool().split("fit")]
     if chosen.gate:
-        rows += [_Row(p.text, "soundalike", None, f"soundalike/{p.identifier}") for p in soundalikes().split("fit")]
+        rows += [Row(p.text, "soundalike", None, f"soundalike/{p.identifier}") for p in soundalikes().split("fit")]
     if isinstance(chosen.harmless, PromptSet):
         if not len(chosen.harmless):
             raise PromptFileError(f"{chosen.harmless.name}: holds no prompt")
-        rows += [_Row(p.text, "own", None, f"own/{p.subtopic or i}") for i, p in enumerate(chosen.harmless)]
+        rows += [Row(p.text, "own", None, f"own/{p.subtopic or i}") for i, p in enumerate(chosen.harmless)]
     return rows
 
 
-def _lent(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[_Row]:
+def _lent(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[Row]:
     """Pairs of the built-in categories, where a category of the bank borrows the direction they share."""
     if not _borrowed(sets, chosen):
         return []
-    rows: list[_Row] = []
+    rows: list[Row] = []
     for name in builtin_categories():
         pairs = [prompt for prompt in builtin(name).split("fit") if prompt.matched is not None]
         for prompt in evenly(pairs, LENT):
             group = f"{name}/{prompt.subtopic}"
-            rows += [_Row(prompt.text, "harmful", name, group), _Row(prompt.matched or "", "matched", name, group)]
+            rows += [Row(prompt.text, "harmful", name, group), Row(prompt.matched or "", "matched", name, group)]
     return rows
 
 
-def _encode_all(loaded: LoadedModel, texts: Sequence[str]) -> list[EncodedPrompt]:
-    return [encode(loaded.tokenizer, text) for text in texts]
+def _encode_all(tokenizer: Any, texts: Sequence[str]) -> list[EncodedPrompt]:
+    return [encode(tokenizer, text) for text in texts]
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where directions are read: some rows, and their activations at the kept layers `[layers, rows, width]`."""
-
-    rows: Sequence[_Row]
-    activations: torch.Tensor
-
-    def direction(self, name: str, harmless: str, slot: int, chosen: CompleteSettings) -> tuple[torch.Tensor, float]:
-        """The direction of a category at a kept layer `[width]`, and the share of its energy that was clipped."""
-        values = self.activations[slot]
-        harmful = [row.kind == "harmful" and row.category == name for row in self.rows]
-        against = [row.kind == harmless and row.category in (name, None) for row in self.rows]
-        vector = direction(chosen.method, values[torch.tensor(harmful)], values[torch.tensor(against)])
-        if not chosen.clip:
-            return vector, 0.0
-        result = clip_massive(vector, values)
-        return result.direction, round(result.share, 4)
-
-
-def _answered(rows: Sequence[_Row], sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[int]:
+def _answered(rows: Sequence[Row], sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[int]:
     """The rows whose answers are read: evenly spread over each category's prompts and over what stands against them."""
     found: set[int] = set()
     for name, prompts in sets.items():
@@ -346,16 +439,15 @@ def joined(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _assemble(
-    loaded: LoadedModel,
+    subject: Subject,
     sets: dict[str, PromptSet],
-    sources: Sequence[_Source],
-    lenders: Sequence[_Source],
-    read: Activations,
+    sources: Sequence[Source],
+    lenders: Sequence[Source],
+    norms: torch.Tensor,
     chosen: CompleteSettings,
     gate: Gate | None,
 ) -> VectorBank:
-    norms = torch.stack([read.residual_norms[read.layers.index(layer)] for layer in chosen.kept_layers])
-    directions = torch.zeros(len(sets), len(chosen.kept_layers), loaded.layout.width)
+    directions = torch.zeros(len(sets), len(chosen.kept_layers), subject.width)
     doses = torch.zeros(len(sets), len(chosen.kept_layers))
     clipped: dict[str, float] = {}
     borrowed = _borrowed(sets, chosen)
@@ -395,9 +487,9 @@ def _assemble(
         directions=directions,
         doses=doses,
         residual_norms=norms,
-        model=fingerprint(loaded),
+        model=subject.fingerprint,
         gate=gate,
-        provenance=_provenance(loaded, sets, chosen, clipped),
+        provenance=_provenance(subject, sets, chosen, clipped),
     )
 
 
@@ -412,7 +504,7 @@ def _borrowed(sets: dict[str, PromptSet], chosen: CompleteSettings) -> dict[str,
 
 
 def _read_direction(
-    sources: Sequence[_Source], name: str, harmless: str, slot: int, chosen: CompleteSettings
+    sources: Sequence[Source], name: str, harmless: str, slot: int, chosen: CompleteSettings
 ) -> tuple[torch.Tensor, float]:
     """One category's direction at a kept layer from all places where it is read, and the largest share that was clipped."""
     found = [source.direction(name, harmless, slot, chosen) for source in sources]
@@ -439,25 +531,24 @@ def _neurons(
     parts = []
     for pairs in paired.values():
         texts = [harmful for harmful, _ in pairs] + [matched for _, matched in pairs]
-        values = neuron_activations(loaded, _encode_all(loaded, texts), progress=count)
+        values = neuron_activations(loaded, _encode_all(loaded.tokenizer, texts), progress=count)
         parts.append(most_selective([v[: len(pairs)] for v in values], [v[len(pairs) :] for v in values], number))
     layers, indices, targets, found = (torch.stack(column) for column in zip(*parts, strict=True))
     return RiskNeurons(layers, indices, targets, found)
 
 
-def _formed(rows: Sequence[_Row]) -> list[_Row]:
+def _formed(rows: Sequence[Row]) -> list[Row]:
     """Some rows of each kind again, in one form after the other."""
-    formed: list[_Row] = []
+    formed: list[Row] = []
     for kind, step in FORMED.items():
         chosen = [row for row in rows if row.kind == kind][::step]
         formed += [replace(row, text=in_form(row.text, number), plain=False) for number, row in enumerate(chosen)]
     return formed
 
 
-def _gate(rows: Sequence[_Row], read: Sequence[Activations], chosen: CompleteSettings) -> Gate:
+def _gate(rows: Sequence[Row], turns: TurnSource, chosen: CompleteSettings) -> Gate:
     return fit_gate(
-        [turn for activations in read for turn in activations.turns],
-        [count for activations in read for count in activations.words],
+        turns,
         chosen.gate_layers,
         labels=[row.category for row in rows],
         harmful=[row.kind == "harmful" for row in rows],
@@ -477,13 +568,13 @@ def package_version(name: str, absent: str = "unknown") -> str:
 
 
 def _provenance(
-    loaded: LoadedModel, sets: dict[str, PromptSet], chosen: CompleteSettings, clipped: dict[str, float]
+    subject: Subject, sets: dict[str, PromptSet], chosen: CompleteSettings, clipped: dict[str, float]
 ) -> dict[str, Any]:
     harmless = chosen.harmless
     borrowed = _borrowed(sets, chosen)
     return {
-        "model": loaded.name,
-        "revision": loaded.revision or getattr(loaded.model.config, "_commit_hash", None),
+        "model": subject.name,
+        "revision": subject.revision,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "recipe": chosen.recipe,
         "method": chosen.method,

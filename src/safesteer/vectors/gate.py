@@ -28,6 +28,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
 
 import torch
 
@@ -198,9 +200,87 @@ def _row_weights(kinds: Sequence[str], plain: torch.Tensor) -> torch.Tensor:
     return torch.tensor([KIND_WEIGHTS.get(key[0], 1.0) / counts[key] for key in keys])
 
 
+class TurnSource(Protocol):
+    """Where a gate is fitted: some prompts, their residual streams from the user's words on, at the gate's layers."""
+
+    def __len__(self) -> int:
+        """How many prompts."""
+
+    def centres(self, chosen: torch.Tensor) -> torch.Tensor:
+        """`[layers, width]`: mean over the chosen prompts (bool `[prompts]`) of the mean unit state of the user's words."""
+
+    def summaries(self, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of h of each prompt: the ending `[prompts, 2 * layers * width]`; the mean of the words `[prompts, layers * width]`."""
+
+    def passages(self, weights: torch.Tensor, biases: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+        """b of each prompt, `[prompts]`: of prompt i by w number `which[i]` of `[some, layers * width]`, biases `[some]`.
+
+        After `summaries`, whose centres it takes.
+        """
+
+
+class Turns:
+    """A `TurnSource` in memory: residual streams `[layers, tokens, width]` of prompts (`Activations.turns` and `words`)."""
+
+    def __init__(self, turns: Sequence[torch.Tensor], words: Sequence[int]) -> None:
+        self._turns, self._words = turns, words
+        self._views: list[torch.Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    def centres(self, chosen: torch.Tensor) -> torch.Tensor:
+        averages = [
+            torch.nn.functional.normalize(turn[:, :count].float(), dim=-1).mean(dim=1)
+            for turn, count in zip(self._turns, self._words, strict=True)
+        ]
+        return torch.stack(averages)[chosen].mean(dim=0)
+
+    def summaries(self, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._views = [centre(turn, centres.unsqueeze(1)).half() for turn in self._turns]
+        ends = torch.stack(
+            [torch.stack([ending(one.float()) for one in view], dim=1).flatten() for view in self._views]
+        )
+        words = zip(self._views, self._words, strict=True)
+        return ends, torch.stack([view[:, :count].float().mean(dim=1).flatten() for view, count in words])
+
+    def passages(self, weights: torch.Tensor, biases: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+        found = [
+            strongest(view.float().transpose(0, 1).flatten(1) @ weights[one] + biases[one])
+            for view, one in zip(self._views, which, strict=True)
+        ]
+        return torch.stack(found)
+
+
+class Joined:
+    """Several `TurnSource`s as one: the prompts of the first, then those of the next."""
+
+    def __init__(self, parts: Sequence[TurnSource]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def _split(self, values: Any) -> list[Any]:
+        ends = list(accumulate(map(len, self._parts)))
+        return [values[end - len(part) : end] for part, end in zip(self._parts, ends, strict=True)]
+
+    def centres(self, chosen: torch.Tensor) -> torch.Tensor:
+        pairs = [(part, own) for part, own in zip(self._parts, self._split(chosen), strict=True) if bool(own.any())]
+        sums = torch.stack([part.centres(own) * int(own.sum()) for part, own in pairs])
+        return sums.sum(dim=0) / int(chosen.sum())
+
+    def summaries(self, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ends, middles = zip(*[part.summaries(centres) for part in self._parts], strict=True)
+        return torch.cat(ends), torch.cat(middles)
+
+    def passages(self, weights: torch.Tensor, biases: torch.Tensor, which: Sequence[int]) -> torch.Tensor:
+        found = [part.passages(weights, biases, own) for part, own in zip(self._parts, self._split(which), strict=True)]
+        return torch.cat(found)
+
+
 def fit_gate(
-    turns: Sequence[torch.Tensor],
-    words: Sequence[int],
+    turns: TurnSource,
     layers: Sequence[int],
     labels: Sequence[str | None],
     harmful: Sequence[bool],
@@ -210,9 +290,8 @@ def fit_gate(
     *,
     false_alarm: float = FALSE_ALARM,
 ) -> Gate:
-    """Fit a gate on the residual streams of prompts, each `[layers, tokens, width]` (`Activations.turns`).
+    """Fit a gate on prompts.
 
-    `words`: how many tokens of each are the user's own, the template's coming after them (`Activations.words`).
     `labels`: the category each prompt is about (None: none); `harmful`: whether it asks for harm; `groups`: subtopics,
     which are never split over folds; `kinds`: what each prompt is (`harmful`, `matched`, `pool`, `soundalike`); `plain`:
     whether it stands as written, or in another form. The threshold is set so that the share `false_alarm` of plain `pool` and
@@ -224,16 +303,8 @@ def fit_gate(
     if not categories or not bool(is_harmful.any()) or bool(is_harmful.all()):
         raise SafeSteerError("a gate needs harmful and harmless prompts of at least one category")
     is_plain = torch.ones(len(turns), dtype=torch.bool) if plain is None else torch.tensor(list(plain))
-    averages = [
-        torch.nn.functional.normalize(turn[:, :count].float(), dim=-1).mean(dim=1)
-        for turn, count in zip(turns, words, strict=True)
-    ]
-    centres = torch.stack(averages)[is_plain].mean(dim=0)
-    views = [centre(turn, centres.unsqueeze(1)).half() for turn in turns]
-    ends = torch.stack([torch.stack([ending(one.float()) for one in view], dim=1).flatten() for view in views])
-    middles = torch.stack(
-        [view[:, :count].float().mean(dim=1).flatten() for view, count in zip(views, words, strict=True)]
-    )
+    centres = turns.centres(is_plain)
+    ends, middles = turns.summaries(centres)
     targets = torch.stack(
         [is_harmful.double(), *(torch.tensor([label == name for label in labels]).double() for name in categories)],
         dim=1,
@@ -249,18 +320,22 @@ def fit_gate(
         of_token = ridge(middles[rows], targets[rows, :1], weights=row_weights[rows])
         return *at_end, of_token[0][0], of_token[1]
 
-    def passage(view: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor) -> float:
-        return float(strongest(view.float().transpose(0, 1).flatten(1) @ weights.float() + bias.float()))
-
     held_out = torch.zeros_like(targets)
-    passages = torch.zeros(len(turns))
+    of_fold: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for fold in range(FOLDS):
         test = folds == fold
         if bool(test.any()) and not bool(test.all()):
             weights, biases, token_weights, token_bias = regressions(~test)
             held_out[test] = ends[test].double() @ weights.T + biases
-            for row in test.nonzero().flatten().tolist():
-                passages[row] = passage(views[row], token_weights, token_bias)
+            of_fold[fold] = token_weights.float(), token_bias.float()
+    if not of_fold:
+        raise SafeSteerError("a gate needs at least two harmless prompts as written, and two subtopics")
+    order = list(of_fold)
+    passages = turns.passages(
+        torch.stack([of_fold[fold][0] for fold in order]),
+        torch.cat([of_fold[fold][1] for fold in order]),
+        [order.index(fold) for fold in folds.tolist()],
+    )
     kind = list(kinds)
     calm = torch.tensor([k in ("pool", "soundalike") for k in kind]) & ~is_harmful & is_plain
     if not bool(calm.any()):
