@@ -6,7 +6,7 @@ import pytest
 
 import safesteer
 from safesteer import calibration
-from safesteer.calibration import calibrated, chosen_prompts, scaled
+from safesteer.calibration import calibrated, chosen_prompts, effects, scaled
 from safesteer.models import LoadedModel
 from safesteer.next_token import divergences
 from safesteer.policy import Policy
@@ -14,6 +14,10 @@ from safesteer.vectors import FitSettings
 from tests.tiny import bank_for, make, prompts
 
 PROMPTS = {name: [one.text for one in prompts().of(name)] for name in prompts().categories}
+
+
+def calibrate(loaded: LoadedModel, bank: safesteer.VectorBank, target: float) -> safesteer.VectorBank:
+    return calibrated(bank, effects(loaded, PROMPTS), sum(map(len, PROMPTS.values())), target)[0]
 
 
 def effect(loaded: LoadedModel, bank: safesteer.VectorBank) -> float:
@@ -30,7 +34,7 @@ def test_the_dose_has_the_effect_asked_for(architecture: str) -> None:
     loaded = make(architecture)
     bank = bank_for(loaded, dose=0.1)
     target = effect(loaded, scaled(bank, 0.3))
-    found = calibrated(loaded, bank, PROMPTS, target)
+    found = calibrate(loaded, bank, target)
     record = found.provenance["calibration"]
     assert effect(loaded, found) == pytest.approx(target, rel=0.1)
     assert effect(loaded, bank) != pytest.approx(target, rel=0.3)
@@ -41,8 +45,8 @@ def test_the_dose_has_the_effect_asked_for(architecture: str) -> None:
 
 def test_a_dose_stays_within_bounds_whatever_the_effect(llama: LoadedModel) -> None:
     bank = bank_for(llama)
-    assert calibrated(llama, bank, PROMPTS, 1e9).dose("lying") == pytest.approx(calibration.MOST, abs=0.02)
-    assert calibrated(llama, bank, PROMPTS, 0.0).dose("lying") == pytest.approx(calibration.LEAST, abs=0.011)
+    assert calibrate(llama, bank, 1e9).dose("lying") == pytest.approx(calibration.MOST, abs=0.02)
+    assert calibrate(llama, bank, 0.0).dose("lying") == pytest.approx(calibration.LEAST, abs=0.011)
 
 
 def test_proportions_between_categories_stay(llama: LoadedModel) -> None:

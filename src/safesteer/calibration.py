@@ -13,11 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from safesteer.engines import Steerer
 from safesteer.errors import SafeSteerError
-from safesteer.models import LoadedModel, encode
+from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.models.files import ModelFiles
 from safesteer.next_token import divergence, next_token
 from safesteer.policy import Policy
 from safesteer.prompts import PromptSet
@@ -25,7 +28,7 @@ from safesteer.prompts.sets import evenly
 from safesteer.refusal import refusal_direction, steps, without_refusal
 from safesteer.vectors import FitSettings, VectorBank
 from safesteer.vectors import fit as fit_directions
-from safesteer.vectors.fitting import harmful_sets
+from safesteer.vectors.fitting import MakeReader, harmful_sets
 
 Refusal = Literal["keep", "remove"]
 
@@ -48,19 +51,17 @@ def scaled(bank: VectorBank, total: float) -> VectorBank:
     return replace(bank, doses=bank.doses * (total / largest))
 
 
-def calibrated(
-    loaded: LoadedModel,
-    bank: VectorBank,
-    prompts: Mapping[str, Sequence[str]],
-    target: float = TARGET,
-    *,
-    progress: Callable[[int], None] = lambda count: None,
-) -> VectorBank:
-    """The bank at the dose whose effect on harmful `prompts` (by category of the bank) is `target` nats.
+Effect = Callable[
+    [VectorBank, float], float
+]  # of a bank at a total dose: mean KL in nats; infinite where the model overflows
 
-    Its provenance tells dose, effect and target. The dose stays within `LEAST` and `MOST` whatever the effect. `progress` is
-    called with numbers of prompts just read, `TRIES + 2` times all of them in sum.
-    """
+
+def effects(
+    loaded: LoadedModel,
+    prompts: Mapping[str, Sequence[str]],
+    progress: Callable[[int], None] = lambda count: None,
+) -> Effect:
+    """The effect on harmful `prompts` (by category of the bank) of a model that is loaded. `progress`: prompts just read."""
     pairs = sorted(
         ((name, encode(loaded.tokenizer, text)) for name, texts in prompts.items() for text in texts),
         key=lambda pair: len(pair[1]),
@@ -69,30 +70,66 @@ def calibrated(
     plain = [next_token(loaded, [one for _, one in batch]) for batch in batches]
     progress(len(pairs))
 
-    def effect(total: float) -> float:
-        """Mean KL at a total dose; infinite where the model overflows."""
+    def effect(bank: VectorBank, total: float) -> float:
         found: list[float] = []
         for before, batch in zip(plain, batches, strict=True):
             policies = [Policy.of({name: 1.0}, tokens=bank.tokens) for name, _ in batch]
             with Steerer(loaded, scaled(bank, total), policies):
                 found += divergence(before, next_token(loaded, [one for _, one in batch]))
         progress(len(pairs))
-        mean = sum(found) / len(found)
-        return mean if math.isfinite(mean) else math.inf
+        return mean_effect(found)
 
+    return effect
+
+
+def effects_of(
+    next_tokens: Callable[[Sequence[tuple[str, EncodedPrompt]], float], torch.Tensor],
+    tokenizer: Any,
+    unit: float,
+    prompts: Mapping[str, Sequence[str]],
+    progress: Callable[[int], None] = lambda count: None,
+) -> Effect:
+    """The same of an engine that steers by a bank whose total dose is `unit`: the log probabilities of the tokens after prompts.
+
+    `next_tokens(prompts with their categories, strength)` gives them, `[prompts, vocabulary]`.
+    """
+    pairs = [(name, encode(tokenizer, text)) for name, texts in prompts.items() for text in texts]
+    plain = next_tokens(pairs, 0.0)
+    progress(len(pairs))
+
+    def effect(_bank: VectorBank, total: float) -> float:
+        found = divergence(plain, next_tokens(pairs, total / unit))
+        progress(len(pairs))
+        return mean_effect(found)
+
+    return effect
+
+
+def mean_effect(divergences: Sequence[float]) -> float:
+    """Their mean; infinite where one is not finite."""
+    mean = sum(divergences) / len(divergences)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def calibrated(bank: VectorBank, effect: Effect, count: int, target: float = TARGET) -> tuple[VectorBank, int]:
+    """The bank at the dose whose `effect` on `count` prompts is `target` nats, and how often the effect was asked for.
+
+    Its provenance tells dose, effect and target. The dose stays within `LEAST` and `MOST` whatever the effect; the effect is
+    asked for at most `TRIES + 1` times.
+    """
     dose = min(MOST, max(LEAST, max(bank.dose(name) for name in bank.categories)))
     tried: list[tuple[float, float]] = []
     for _ in range(TRIES):
-        tried.append((dose, effect(dose)))
+        tried.append((dose, effect(bank, dose)))
         following = _next_dose(tried, target)
         if round(following / STEP) == round(dose / STEP):
             break
         dose = following
     total = max(STEP, round(dose / STEP) * STEP)
-    reached = effect(total)
-    progress((TRIES - len(tried)) * len(pairs))
-    record = {"target": target, "effect": round(reached, 4), "dose": round(total, 4), "prompts": len(pairs)}
-    return replace(scaled(bank, total), provenance={**bank.provenance, "calibration": record})
+    reached = effect(bank, total)
+    record = {"target": target, "effect": round(reached, 4), "dose": round(total, 4), "prompts": count}
+    done = replace(scaled(bank, total), provenance={**bank.provenance, "calibration": record})
+    return done, len(tried) + 1
 
 
 def _next_dose(tried: Sequence[tuple[float, float]], target: float) -> float:
@@ -115,27 +152,35 @@ def chosen_prompts(sets: Mapping[str, PromptSet], count: int = PROMPTS) -> dict[
 
 
 def fit(
-    loaded: LoadedModel,
+    model: LoadedModel | ModelFiles,
     categories: Sequence[str] | None = None,
     prompts: PromptSet | None = None,
     settings: FitSettings | None = None,
     *,
     refusal: Refusal = "keep",
+    reader: MakeReader | None = None,
+    effect: Callable[[VectorBank, Mapping[str, Sequence[str]], Callable[[int], None]], Effect] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VectorBank:
     """Fit a bank, and calibrate its dose unless the settings give one (or ask for the paper's recipe).
 
     `prompts` are your own harmful prompts, each with its category; `categories` restricts them, or names built-in ones.
     With neither, every built-in category is fitted. Only prompts of the `fit` split are read. `refusal="remove"` takes the
-    model's own refusal direction out of every category's. `progress(done, total)` counts prompts. Raises `SafeSteerError` (or a
+    model's own refusal direction out of every category's. `reader` and `effect` (which makes what `effects` makes, of a bank)
+    read in place of a model that is not loaded here. `progress(done, total)` counts prompts. Raises `SafeSteerError` (or a
     subclass) with one sentence on what to do.
     """
     wanted = settings or FitSettings()
     sets = harmful_sets(categories, prompts)
     free = wanted.dose is None and wanted.multiplier is None and wanted.recipe == "default"
     chosen = chosen_prompts(sets) if free else {}
+    number = sum(map(len, chosen.values()))
     harmful = [text for texts in chosen_prompts(sets, ASKED).values() for text in texts] if refusal == "remove" else []
-    extra = (TRIES + 2) * sum(map(len, chosen.values())) + (steps(len(harmful)) if harmful else 0)
+    if harmful and not isinstance(model, LoadedModel):
+        raise SafeSteerError(
+            "the refusal direction is found by --engine transformers alone; leave out --refusal remove"
+        )
+    extra = (TRIES + 2) * number + (steps(len(harmful)) if harmful else 0)
     done = fitted = 0
 
     def first(count: int, total: int) -> None:
@@ -148,11 +193,21 @@ def fit(
         done += count
         progress(done, fitted + extra)
 
-    bank = fit_directions(loaded, categories, prompts, settings, progress=first)
-    if harmful:
+    bank = fit_directions(model, categories, prompts, settings, reader=reader, progress=first)
+    if harmful and isinstance(model, LoadedModel):
         try:
-            bank = without_refusal(bank, refusal_direction(loaded, bank, harmful, progress=then))
+            bank = without_refusal(bank, refusal_direction(model, bank, harmful, progress=then))
         except SafeSteerError as error:
             raise SafeSteerError(f"{error}; leave out --refusal remove, or give more prompts") from None
+    if not chosen:
+        return bank
     target = TARGET if "answer" in bank.provenance["position"] else TARGET_LAST
-    return calibrated(loaded, bank, chosen, target, progress=then) if chosen else bank
+    if isinstance(model, LoadedModel):
+        measure = effects(model, chosen, then)
+    elif effect is not None:
+        measure = effect(bank, chosen, then)
+    else:
+        raise SafeSteerError("a dose is calibrated on a model that runs; give one, or a dose")
+    bank, asked = calibrated(bank, measure, number, target)
+    then((TRIES + 1 - asked) * number)
+    return bank

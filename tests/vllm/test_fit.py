@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ vllm = pytest.importorskip("vllm")
 
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
-from safesteer.engines.vllm_collect import COLLECT, Job, What  # noqa: E402
+from safesteer.engines.vllm_collect import COLLECT, Job  # noqa: E402
 from safesteer.engines.vllm_fit import InVllm, OnRay, Replica, _One, replicas, what_to_read  # noqa: E402
 from safesteer.errors import SafeSteerError, SteeringError  # noqa: E402
 from safesteer.models.files import ModelFiles, model_files  # noqa: E402
@@ -170,9 +169,3 @@ def test_two_replicas_on_ray(fitted: tuple[ModelFiles, VectorBank], monkeypatch:
     files, wanted = fitted
     with replicas(str(files.folder), what_to_read(SETTINGS.complete(files.depth)), OPTIONS, count=2) as engines:
         same(fit_in(engines, files), wanted)
-
-
-def test_an_engine_reads_blocks_that_are_there(fitted: tuple[ModelFiles, VectorBank], tmp_path: Path) -> None:
-    files, _ = fitted
-    with pytest.raises(SteeringError, match="3 blocks"):
-        Replica(str(files.folder), What((7,)), OPTIONS)

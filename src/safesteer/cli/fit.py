@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -10,7 +14,7 @@ import typer
 from rich.table import Table
 
 from safesteer.cli import options
-from safesteer.cli.console import note, out, print_json, progress_bar
+from safesteer.cli.console import note, out, print_json, progress_bar, working
 from safesteer.errors import SafeSteerError
 from safesteer.files import check_writable
 
@@ -74,6 +78,7 @@ def _settings(
 
 
 def fit(
+    context: typer.Context,
     model: options.ModelArgument,
     out_file: Annotated[Path, typer.Option("--out", help="The bank to write (.safetensors).")],
     category: Annotated[
@@ -109,6 +114,13 @@ def fit(
     neurons: Annotated[
         int, typer.Option(min=0, help="Risk neurons to find for each category, for policies with site: neurons.")
     ] = 0,
+    engine: Annotated[
+        str,
+        typer.Option(help="transformers, or vllm to read the prompts inside vLLM; its own options are then passed on."),
+    ] = "transformers",
+    ray: Annotated[
+        int, typer.Option(min=0, help="With --engine vllm: how many engines on the Ray cluster read the prompts.")
+    ] = 0,
     dtype: options.Dtype = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
@@ -128,10 +140,23 @@ def fit(
 
     refused = _choice(refusal, get_args(Refusal), "--refusal")
     own = read_prompt_files(prompts or [], category)
-    loaded = options.load(model, dtype, device, device_map, revision, trust_remote_code, load_4bit, load_8bit)
     began = time.perf_counter()
-    with progress_bar("Reading prompts") as update:
-        bank = fit_bank(loaded, category, own, settings, refusal=refused, progress=update)
+    if engine == "vllm":
+        unused = {"--device": device, "--device-map": device_map, "--4bit": load_4bit, "--8bit": load_8bit}
+        for name in (name for name, value in unused.items() if value):
+            raise SafeSteerError(f"{name} is for --engine transformers; vLLM has options of its own")
+        passed_on = [*(["--dtype", dtype] if dtype else []), *context.args]
+        bank = _in_vllm(model, revision, trust_remote_code, passed_on, ray, category, own, settings, refused)
+    else:
+        _choice(engine, ("transformers", "vllm"), "--engine")
+        for given in context.args:
+            raise SafeSteerError(f"{given} is no option of safesteer fit; vLLM's own are taken with --engine vllm")
+        if ray:
+            raise SafeSteerError("--ray is for --engine vllm")
+        loaded = options.load(model, dtype, device, device_map, revision, trust_remote_code, load_4bit, load_8bit)
+        began = time.perf_counter()
+        with progress_bar("Reading prompts") as update:
+            bank = fit_bank(loaded, category, own, settings, refusal=refused, progress=update)
     bank.save(out_file)
     seconds = time.perf_counter() - began
     if json:
@@ -139,6 +164,50 @@ def fit(
         return
     out.print(category_table(bank))
     note(f"Wrote {out_file} in {seconds:.0f} s. Try: safesteer generate {out_file} --prompt '...' --compare")
+
+
+def _in_vllm(
+    model: str, revision: str | None, trust_remote_code: bool, given: list[str], ray: int, categories: list[str] | None,
+    prompts: PromptSet | None, settings: FitSettings, refusal: Any,
+) -> VectorBank:  # fmt: skip
+    """A bank whose prompts vLLM read: first by engines that read, then by one that steers, for the dose."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if find_spec("vllm") is None:
+        raise SafeSteerError("--engine vllm needs vLLM; install it with pip install 'safesteer[vllm]'")
+    from vllm.engine.arg_utils import EngineArgs
+
+    from safesteer import calibration
+    from safesteer.engines import vllm as plugin
+    from safesteer.engines.vllm_fit import Engines, InVllm, Steered, replicas, what_to_read
+    from safesteer.models.files import model_files
+    from safesteer.vectors.fitting import CompleteSettings
+
+    with working(f"Reading {model}") as say:
+        files = model_files(model, revision, trust_remote_code, say)
+        ours = dict.fromkeys(plugin.OURS, "safesteer fit sets it")
+        engine_options = plugin.chosen_options(EngineArgs, given, ours, "safesteer fit")
+        engine_options["trust_remote_code"] = trust_remote_code
+        what = what_to_read(settings.complete(files.depth))
+    with ExitStack() as stack:
+        readers = stack.enter_context(ExitStack())
+        with working("Starting vLLM"):
+            engines: Engines = readers.enter_context(replicas(str(files.folder), what, engine_options, ray))
+
+        def reader(settings: CompleteSettings, count: Callable[[int], None]) -> InVllm:
+            return InVllm(engines, files, settings, count)
+
+        def effect(bank: VectorBank, prompts: Any, count: Callable[[int], None]) -> calibration.Effect:
+            readers.close()  # their memory is needed
+            unit = calibration.MOST / bank.strength_ceiling
+            steered = Steered(files, calibration.scaled(bank, unit), engine_options)
+            stack.callback(steered.close)
+            return calibration.effects_of(steered.next_tokens, files.tokenizer, unit, prompts, count)
+
+        with progress_bar("Reading prompts") as update:
+            return calibration.fit(
+                files, categories, prompts, settings, refusal=refusal, reader=reader, effect=effect, progress=update
+            )
 
 
 def summary(bank: VectorBank) -> dict[str, Any]:

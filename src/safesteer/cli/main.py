@@ -39,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("demo")(demo.demo)
-app.command("fit")(fit.fit)
+app.command("fit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(fit.fit)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)

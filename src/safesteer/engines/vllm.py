@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ from safesteer.vectors import Reading, VectorBank
 
 NAME = "safesteer"
 READ = "safesteer_read"
+CPU_MEMORY = 0.3  # share of the memory
+# Arguments of an engine that a command of ours sets itself.
+OURS = ("model", "tokenizer", "additional_config", "revision", "trust_remote_code", "skip_tokenizer_init")
 LONGEST = 16_384  # characters of a spec
 PLANS = 64  # plans that a process keeps for specs that come again
 POLICIES = 1024
@@ -47,6 +50,31 @@ def options(bank: str | Path) -> dict[str, Any]:
     path = Path(bank).resolve()
     digest = VectorBank.load(path).digest()
     return {"additional_config": {NAME: {"bank": str(path), "digest": digest, "version": __version__}}}
+
+
+def chosen_options(engine_args: Any, given: Sequence[str], ours: Mapping[str, str], command: str) -> dict[str, Any]:
+    """Arguments for `engine_args` (vLLM's `EngineArgs` or `AsyncEngineArgs`) from options in vLLM's own words.
+
+    On a CPU, where vLLM would take half precision and nearly all memory, the defaults are float32 and `CPU_MEMORY`. Raises
+    `SafeSteerError` for options that vLLM does not know, or that are `ours` (with what to do instead).
+    """
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> Any:
+            raise SafeSteerError(f"vLLM does not take these options: {message}")
+
+    parser = engine_args.add_cli_args(Parser(prog=command, add_help=False))
+    plain = vars(parser.parse_args([]))
+    if current_platform.is_cpu():
+        parser.set_defaults(dtype="float32", gpu_memory_utilization=CPU_MEMORY)
+    fields, chosen = engine_args.__dataclass_fields__, vars(parser.parse_args(list(given)))
+    differing = {name: value for name, value in chosen.items() if name in fields and value != plain[name]}
+    own = [name for name in ours if name in differing]
+    if own:
+        raise SafeSteerError(f"--{own[0].replace('_', '-')} cannot be passed on to vLLM; {ours[own[0]]}")
+    return differing
 
 
 def request_args(policy: Policy, bank: VectorBank) -> dict[str, Any]:

@@ -8,16 +8,21 @@
     gate       a pass for the endings and means of each prompt, a few vectors -> regressions
                a pass for the strongest passage of each prompt, a number      -> thresholds
 
+    dose       an engine that steers by the bank: next tokens of a few prompts -> the effect that calibration asks for
+
 The prompts go out in shards, each under a key of its own that no other attempt shares; the engine that read a shard hands over
 its sums at once. A shard whose engine died is sent to another, and counts as often as it is handed over: once.
 """
 
 from __future__ import annotations
 
+import math
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,12 +30,14 @@ import torch
 
 from safesteer.activations import Position
 from safesteer.answers import ANSWER_TOKENS
-from safesteer.engines.vllm import no_plugin
+from safesteer.engines import vllm as plugin
 from safesteer.engines.vllm_collect import Job, What
 from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import EncodedPrompt, Site
 from safesteer.models.chat import turn_markers, turn_start
 from safesteer.models.files import ModelFiles
+from safesteer.policy import Policy
+from safesteer.vectors import VectorBank
 from safesteer.vectors.directions import clip_massive, direction
 from safesteer.vectors.fitting import CompleteSettings, Row, Source
 from safesteer.vectors.gate import TurnSource
@@ -55,7 +62,7 @@ class Replica:
         try:
             states = self._llm.collective_rpc("safesteer_state")
         except Exception as error:
-            raise no_plugin(error) from None
+            raise plugin.no_plugin(error) from None
         if not states or not all(one.get("reads") for one in states):
             raise SteeringError("not every worker reads; is the same SafeSteer installed there?")
 
@@ -177,6 +184,43 @@ def replicas(folder: str, what: What, options: Mapping[str, Any], count: int = 0
     finally:
         if mine:
             ray.shutdown()
+
+
+class Steered:
+    """A vLLM engine that steers by a bank, asked for next tokens. Raises `SteeringError` where it does not steer."""
+
+    def __init__(self, files: ModelFiles, bank: VectorBank, options: Mapping[str, Any]) -> None:
+        from vllm import LLM
+
+        self._bank, self._specs = bank, plugin.Specs(bank)
+        self._folder = tempfile.TemporaryDirectory()  # every process of the engine reads the bank from there
+        path = Path(self._folder.name) / "bank.safetensors"
+        bank.save(path)
+        self._llm = LLM(str(files.folder), **{**options, "max_logprobs": -1}, **plugin.options(path))
+        plugin.armed(self._llm)
+
+    def next_tokens(self, prompts: Sequence[tuple[str, EncodedPrompt]], strength: float) -> torch.Tensor:
+        """Log probabilities `[prompts, vocabulary]` after each prompt, steered by its category; `strength` 0: unsteered."""
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                max_tokens=1, temperature=0.0, detokenize=False, logprobs=-1, flat_logprobs=True,
+                extra_args=self._specs.args(Policy.of({name: strength}, tokens=self._bank.tokens)) or None,
+            )
+            for name, _ in prompts
+        ]  # fmt: skip
+        given: list[Any] = [{"prompt_token_ids": list(one.ids)} for _, one in prompts]
+        found = [one.outputs[0].logprobs for one in self._llm.generate(given, parameters, use_tqdm=False)]
+        rows = torch.full((len(found), 1 + max(max(one.token_ids) for one in found)), -math.inf)
+        for row, one in zip(rows, found, strict=True):
+            row[torch.tensor(one.token_ids)] = torch.tensor(one.logprobs)
+        return rows
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        self._llm.llm_engine.engine_core.shutdown()
+        self._folder.cleanup()
 
 
 @dataclass(frozen=True)

@@ -28,47 +28,23 @@ from safesteer.server.engine import BusyError, Deliver, Handle, Job, Row
 from safesteer.vectors import Reading, VectorBank
 
 Value = TypeVar("Value")
-OURS = (
-    "model",
-    "tokenizer",
-    "additional_config",
-    "revision",
-    "trust_remote_code",
-    "data_parallel_size",
-    "skip_tokenizer_init",
-)
-CPU_MEMORY = 0.3  # share of the memory
+OURS = {
+    **dict.fromkeys(plugin.OURS, "safesteer serve sets it"),
+    "data_parallel_size": "start a server for each replica",
+}
 PROBE = 16  # log probabilities that the self-test compares
 
 
 def arguments(bank: Path, model: Path, given: Sequence[str], trust_remote_code: bool = False) -> Any:
     """vLLM's `AsyncEngineArgs` for a bank and its model's folder, from options in vLLM's own words.
 
-    On a CPU, where vLLM would take half precision and nearly all memory, the defaults are float32 and `CPU_MEMORY`.
     Raises `SafeSteerError` for options that vLLM does not know, or that are not the client's to give.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
-        def error(self, message: str) -> Any:
-            raise SafeSteerError(f"vLLM does not take these options: {message}")
-
-    parser = AsyncEngineArgs.add_cli_args(Parser(prog="safesteer serve", add_help=False))
-    if current_platform.is_cpu():
-        parser.set_defaults(dtype="float32", gpu_memory_utilization=CPU_MEMORY)
-    plain = vars(parser.parse_args([]))
-    chosen = vars(parser.parse_args(list(given)))
-    own = [name for name in OURS if name in chosen and chosen[name] != plain[name]]
-    if own:
-        raise SafeSteerError(
-            f"--{own[0].replace('_', '-')} cannot be passed on to vLLM"
-            + ("; start a server for each replica" if own[0] == "data_parallel_size" else "; safesteer serve sets it")
-        )
+    chosen = plugin.chosen_options(AsyncEngineArgs, given, OURS, "safesteer serve")
     chosen |= {"model": str(model), "trust_remote_code": trust_remote_code, **plugin.options(bank)}
-    fields = AsyncEngineArgs.__dataclass_fields__
-    return AsyncEngineArgs(**{name: value for name, value in chosen.items() if name in fields})
+    return AsyncEngineArgs(**chosen)
 
 
 def distance(one: dict[int, float], other: dict[int, float]) -> float:
