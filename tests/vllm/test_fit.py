@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from safesteer.engines.vllm_fit import InVllm, OnRay, Replica, _One, replicas, w
 from safesteer.errors import SafeSteerError, SteeringError  # noqa: E402
 from safesteer.models.files import ModelFiles, model_files  # noqa: E402
 from safesteer.vectors import FitSettings, VectorBank, fit  # noqa: E402
-from tests.tiny import make, prompts  # noqa: E402
+from tests.tiny import Run, make, prompts  # noqa: E402
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -169,3 +171,39 @@ def test_two_replicas_on_ray(fitted: tuple[ModelFiles, VectorBank], monkeypatch:
     files, wanted = fitted
     with replicas(str(files.folder), what_to_read(SETTINGS.complete(files.depth)), OPTIONS, count=2) as engines:
         same(fit_in(engines, files), wanted)
+
+
+def test_the_command_makes_the_bank_that_transformers_makes(
+    fitted: tuple[ModelFiles, VectorBank], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a dose calibrated by an engine that steers; and what it cannot do is refused before an engine starts."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    folder = fitted[0].folder
+    file = tmp_path / "own.jsonl"
+    file.write_text(
+        "\n".join(json.dumps({"prompt": p.text, "category": p.category, "matched": p.matched}) for p in prompts())
+    )
+    common = ("fit", folder, "--prompts", file, "--layers", "0,2")
+    engine = ("--engine", "vllm", "--max-model-len", 512, "--block-size", 32, "--enforce-eager")
+    status, _, error = run(*common, "--out", tmp_path / "here.safetensors", "--json")
+    assert status == 0, error
+    status, said, error = run(*common, *engine, "--out", tmp_path / "there.safetensors", "--json")
+    assert status == 0, error
+    here, there = (VectorBank.load(tmp_path / f"{name}.safetensors") for name in ("here", "there"))
+    assert json.loads(said)["provenance"]["calibration"] == there.provenance["calibration"]
+    same(there, here)
+    assert there.provenance["calibration"]["effect"] == pytest.approx(
+        here.provenance["calibration"]["effect"], rel=1e-3
+    )
+    for wrong, sentence in (
+        (("--method", "pca"), "use mean-difference"),
+        (("--neurons", 4), "leave out --neurons"),
+        (("--refusal", "remove"), "leave out --refusal"),
+        (("--no-such-option",), "does not take these options"),
+        (("--model", "other"), "cannot be passed on"),
+        (("--pipeline-parallel-size", 2), "pipeline parallelism"),
+        (("--device", "cpu"), "for --engine transformers"),
+    ):
+        status, _, error = run(*common, *engine, *wrong, "--out", tmp_path / "none.safetensors")
+        assert status != 0 and sentence in error, (wrong, error)
+    assert not (tmp_path / "none.safetensors").exists()

@@ -179,7 +179,7 @@ def _in_vllm(
 
     from safesteer import calibration
     from safesteer.engines import vllm as plugin
-    from safesteer.engines.vllm_fit import Engines, InVllm, Steered, replicas, what_to_read
+    from safesteer.engines.vllm_fit import InVllm, Steered, replicas, what_to_read
     from safesteer.models.files import model_files
     from safesteer.vectors.fitting import CompleteSettings
 
@@ -191,10 +191,9 @@ def _in_vllm(
         what = what_to_read(settings.complete(files.depth))
     with ExitStack() as stack:
         readers = stack.enter_context(ExitStack())
-        with working("Starting vLLM"):
-            engines: Engines = readers.enter_context(replicas(str(files.folder), what, engine_options, ray))
 
-        def reader(settings: CompleteSettings, count: Callable[[int], None]) -> InVllm:
+        def reader(settings: CompleteSettings, count: Callable[[int], None]) -> InVllm:  # once all else is in order
+            engines = readers.enter_context(replicas(str(files.folder), what, engine_options, ray))
             return InVllm(engines, files, settings, count)
 
         def effect(bank: VectorBank, prompts: Any, count: Callable[[int], None]) -> calibration.Effect:
@@ -204,7 +203,7 @@ def _in_vllm(
             stack.callback(steered.close)
             return calibration.effects_of(steered.next_tokens, files.tokenizer, unit, prompts, count)
 
-        with progress_bar("Reading prompts") as update:
+        with progress_bar("Reading prompts in vLLM") as update:
             return calibration.fit(
                 files, categories, prompts, settings, refusal=refusal, reader=reader, effect=effect, progress=update
             )

@@ -21,7 +21,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,20 @@ def all_armed(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not states or not all(one["armed"] for one in states) or len({one["bank"] for one in states}) != 1:
         raise SteeringError("not every worker steers; start the engine with safesteer.engines.vllm.options(BANK)")
     return states
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around the start of an engine: what vLLM raises becomes a `SteeringError` of one sentence."""
+    try:
+        yield
+    except SafeSteerError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SteeringError(
+            f"vLLM did not start ({reason or type(error).__name__}); its log above says more"
+        ) from error
 
 
 def no_plugin(error: Exception) -> SteeringError:

@@ -58,7 +58,8 @@ class Replica:
     def __init__(self, folder: str, what: What, options: Mapping[str, Any]) -> None:
         from vllm import LLM
 
-        self._llm = LLM(folder, **options, **what.options())
+        with plugin.starting():
+            self._llm = LLM(folder, **options, **what.options())
         try:
             states = self._llm.collective_rpc("safesteer_state")
         except Exception as error:
@@ -179,7 +180,11 @@ def replicas(folder: str, what: What, options: Mapping[str, Any], count: int = 0
         devices = int(options.get("tensor_parallel_size", 1)) if ray.cluster_resources().get("GPU") else 0
         maker = ray.remote(num_gpus=devices)(Replica)
         actors = [maker.remote(folder, what, dict(options)) for _ in range(count)]
-        ray.get([actor.__ray_ready__.remote() for actor in actors])
+        try:
+            ray.get([actor.__ray_ready__.remote() for actor in actors])
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise SteeringError(f"the {count} engines did not all start on Ray ({reason[:300]})") from None
         yield OnRay(ray, actors)
     finally:
         if mine:
@@ -196,7 +201,8 @@ class Steered:
         self._folder = tempfile.TemporaryDirectory()  # every process of the engine reads the bank from there
         path = Path(self._folder.name) / "bank.safetensors"
         bank.save(path)
-        self._llm = LLM(str(files.folder), **{**options, "max_logprobs": -1}, **plugin.options(path))
+        with plugin.starting():
+            self._llm = LLM(str(files.folder), **{**options, "max_logprobs": -1}, **plugin.options(path))
         plugin.armed(self._llm)
 
     def next_tokens(self, prompts: Sequence[tuple[str, EncodedPrompt]], strength: float) -> torch.Tensor:

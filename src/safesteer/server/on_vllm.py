@@ -73,15 +73,11 @@ class VllmEngine:
         self._thread.start()
         self._llm: Any = None
         try:
-            self._wait(self._start(arguments))
-        except BaseException as error:
+            with plugin.starting():
+                self._wait(self._start(arguments))
+        except BaseException:
             self.close()
-            if isinstance(error, SafeSteerError) or not isinstance(error, Exception):
-                raise
-            reason = " ".join(str(error).split())[:300]
-            raise SteeringError(
-                f"vLLM did not start ({reason or type(error).__name__}); its log above says more"
-            ) from error
+            raise
 
     def check(self, policy: Policy) -> None:
         """Raise `SteeringError` for a policy that names layers or another site: the plugin has tables at the bank's own."""
