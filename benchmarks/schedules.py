@@ -77,9 +77,9 @@ def main() -> None:
     given = parser.parse_args()
     loaded, bank, judge = safesteer.load_model("embedded"), safesteer.VectorBank.load(given.bank), OfflineJudge()
     prompts = [one for name in bank.categories for one in builtin(name).split("tune")]
-    tries = given.tries or [
-        f"{dose}:{name}" for name in SCHEDULES for dose in ((0.26,) if name == "constant" else (0.26, 0.32))
-    ]
+    constant = [f"{dose}:constant" for dose in ("0.26", "0.28", "0.30", "0.32")]
+    falling = [f"{dose}:{name}" for name in SCHEDULES if name != "constant" for dose in (0.26, 0.32)]
+    tries = given.tries or constant + falling
     out = Path(given.out)
     done = {json.loads(line)["try"] for line in out.read_text().splitlines()} if out.exists() else set()
     for one in tries:

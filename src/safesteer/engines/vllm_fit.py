@@ -170,9 +170,9 @@ def replicas(folder: str, what: What, options: Mapping[str, Any], count: int = 0
             one.close()
         return
     try:
-        import ray  # type: ignore[import-not-found]
+        import ray
     except ImportError:
-        raise SafeSteerError("--ray needs Ray; install it with pip install ray") from None
+        raise SafeSteerError("--ray needs Ray; install it with pip install 'safesteer[ray]'") from None
     mine = not ray.is_initialized()
     if mine:
         ray.init(log_to_driver=False, logging_level="ERROR")
