@@ -119,6 +119,8 @@ def test_what_is_not_meant_for_a_fit_is_refused(replica: Replica, fitted: tuple[
     with pytest.raises(VLLMValidationError, match="not one that SafeSteer made"):
         llm.generate([{"prompt_token_ids": [1, 2]}], odd, use_tqdm=False)
     assert Job.parse(Job("a", 1, "sum", span=(0, 2)).args()[COLLECT]) == Job("a", 1, "sum", span=(0, 2))
+    with pytest.raises(SafeSteerError, match="has 600 tokens.*--max-model-len"):
+        replica.read([[1] * 600], [Job("", 0, "sum", span=(0, 1))])
     with pytest.raises(SafeSteerError, match="use mean-difference"):
         what_to_read(FitSettings(method="pca").complete(3))
 

@@ -87,7 +87,7 @@ class Replica:
             for job in jobs
         ]
         given: list[Any] = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        self._llm.generate(given, parameters, use_tqdm=False)
+        _asked(self._llm, given, parameters)
         found: dict[str, Any] = self._llm.collective_rpc("safesteer_collected", args=(key,))[0]
         if found["done"] != len(prompts):
             raise SteeringError(f"of {len(prompts)} prompts, {found['done']} were read")
@@ -99,11 +99,26 @@ class Replica:
 
         how = SamplingParams(max_tokens=tokens, min_tokens=2, temperature=0.0, detokenize=False)
         given: list[Any] = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        return [list(one.outputs[0].token_ids) for one in self._llm.generate(given, how, use_tqdm=False)]
+        return [list(one.outputs[0].token_ids) for one in _asked(self._llm, given, how)]
 
     def close(self) -> None:
         """Shut the engine down, so that its memory is free."""
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def _asked(llm: Any, prompts: Sequence[Any], parameters: Any) -> list[Any]:
+    """The outputs of an `LLM`. Raises `SafeSteerError` where a prompt has no room."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        found: list[Any] = llm.generate(prompts, parameters, use_tqdm=False)
+    except VLLMValidationError as error:
+        longest = max(len(one["prompt_token_ids"]) for one in prompts)
+        raise SafeSteerError(
+            f"vLLM does not take a prompt of the fit, the longest of which has {longest} tokens: {str(error).split('. ')[0]}; "
+            "give a larger --max-model-len"
+        ) from None
+    return found
 
 
 class Engines(Protocol):
@@ -184,7 +199,10 @@ def replicas(folder: str, what: What, options: Mapping[str, Any], count: int = 0
             ray.get([actor.__ray_ready__.remote() for actor in actors])
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise SteeringError(f"the {count} engines did not all start on Ray ({reason[:300]})") from None
+            raise SteeringError(
+                f"the {count} engines did not all start on Ray ({reason[:300]}); its logs, in /tmp/ray/session_latest/logs on "
+                "each node, say more"
+            ) from None
         yield OnRay(ray, actors)
     finally:
         if mine:
@@ -217,7 +235,7 @@ class Steered:
             for name, _ in prompts
         ]  # fmt: skip
         given: list[Any] = [{"prompt_token_ids": list(one.ids)} for _, one in prompts]
-        found = [one.outputs[0].logprobs for one in self._llm.generate(given, parameters, use_tqdm=False)]
+        found = [one.outputs[0].logprobs for one in _asked(self._llm, given, parameters)]
         rows = torch.full((len(found), 1 + max(max(one.token_ids) for one in found)), -math.inf)
         for row, one in zip(rows, found, strict=True):
             row[torch.tensor(one.token_ids)] = torch.tensor(one.logprobs)
