@@ -426,3 +426,15 @@ def test_tune_refuses_what_cannot_work(
     status, out, err = run("tune", bank, "--out", tmp_path / "tuned.safetensors", *options)
     assert (status, out) == (1, "") and sentence in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_that_fit_does_not_know_is_named(run: Run, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "none.safetensors")
+    for given, sentence in (
+        (("--catgory", "hate", "embedded", *out), "--catgory is no option of safesteer fit; did you mean --category?"),
+        (("embedded", *out, "--max-model-len", 5), "--max-model-len is no option of safesteer fit"),
+        (("embedded", *out, "--engine", "llama.cpp"), "use transformers, vllm"),
+        (("embedded", *out, "--ray", 2), "--ray is for --engine vllm"),
+    ):
+        status, _, error = run("fit", *given)
+        assert status != 0 and sentence in error, error

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from safesteer.errors import SafeSteerError
 from safesteer.models import fingerprint, load_model
@@ -45,3 +46,25 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(SafeSteerError, match="cannot be read"):
         model_files(str(tmp_path)).fingerprint(["model.norm.weight"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2", "mixtral", "qwen3_moe", "gemma3"])
+def test_files_name_the_parameters_that_the_model_will_be_known_by(architecture: str, tmp_path: Path) -> None:
+    """Without a bank that says which to compare, and beside other files of the same weights, as on the hub."""
+    made = make(architecture)
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    if architecture == "gpt2":
+        weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
+        save_file(weights, path, metadata={"format": "pt"})
+    save_file({f"other.{name}": value for name, value in weights.items()}, tmp_path / "consolidated.safetensors")
+    found, wanted = model_files(str(tmp_path)).fingerprint(), fingerprint(load_model(str(tmp_path)))
+    assert wanted.differences(found) == []
+    assert set(found.weights) <= set(wanted.weights)
+    assert len(found.weights) >= 0.6 * len(wanted.weights)  # experts are stored one by one, and held together
+    path.unlink()
+    (tmp_path / "consolidated.safetensors").unlink()
+    with pytest.raises(SafeSteerError, match="no safetensors weights"):
+        model_files(str(tmp_path)).fingerprint()

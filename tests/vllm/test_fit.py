@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -115,11 +115,20 @@ def test_what_is_not_meant_for_a_fit_is_refused(replica: Replica, fitted: tuple[
     steer = vllm.SamplingParams(max_tokens=1, extra_args={"safesteer": '{"bank": "0", "categories": {}}'})
     with pytest.raises(VLLMValidationError, match="without a bank"):
         llm.generate([{"prompt_token_ids": [1, 2]}], steer, use_tqdm=False)
-    odd = vllm.SamplingParams(max_tokens=1, extra_args={COLLECT: '{"shard": 1}'})
-    with pytest.raises(VLLMValidationError, match="not one that SafeSteer made"):
-        llm.generate([{"prompt_token_ids": [1, 2]}], odd, use_tqdm=False)
+    job = Job("a", 1, "sum", span=(0, 2)).args()[COLLECT]
+    for wrong in (
+        '{"shard": 1}',
+        "[" * 1000,
+        5,
+        job.replace('"a"', "[]"),
+        job.replace("sum", "all"),
+        job.replace("2", "Infinity"),
+    ):
+        odd = vllm.SamplingParams(max_tokens=1, extra_args={COLLECT: wrong})
+        with pytest.raises(VLLMValidationError, match="not one that SafeSteer made"):
+            llm.generate([{"prompt_token_ids": [1, 2]}], odd, use_tqdm=False)
     assert Job.parse(Job("a", 1, "sum", span=(0, 2)).args()[COLLECT]) == Job("a", 1, "sum", span=(0, 2))
-    with pytest.raises(SafeSteerError, match="has 600 tokens.*--max-model-len"):
+    with pytest.raises(SafeSteerError, match="give --max-model-len 601"):
         replica.read([[1] * 600], [Job("", 0, "sum", span=(0, 1))])
     with pytest.raises(SafeSteerError, match="use mean-difference"):
         what_to_read(FitSettings(method="pca").complete(3))
@@ -129,11 +138,25 @@ class LostError(Exception):
     """Stands for `ray.exceptions.RayActorError`."""
 
 
+class TaskError(Exception):
+    """Stands for `ray.exceptions.RayTaskError`."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__()
+        self.cause = cause
+
+
+class EngineDeadError(Exception):
+    """Stands for vLLM's."""
+
+
 class Ray:
     """Stands for Ray: futures that are tasks not yet run."""
 
     class exceptions:  # noqa: N801
-        RayActorError = LostError
+        RayActorError, RayTaskError = LostError, TaskError
+
+    killed: ClassVar[list[Any]] = []
 
     @staticmethod
     def wait(futures: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
@@ -141,31 +164,44 @@ class Ray:
 
     @staticmethod
     def get(future: Any) -> Any:
-        return future() if callable(future) else [one() for one in future]
+        return future()
+
+    @classmethod
+    def kill(cls, actor: Any) -> None:
+        cls.killed.append(actor)
 
 
 class Actor:
-    """Squares numbers; dies at the third."""
+    """Squares numbers, `lives` times, and then fails."""
 
-    def __init__(self, lives: int) -> None:
-        self.lives, self.square = lives, self
+    def __init__(self, lives: int, failure: Exception) -> None:
+        self.lives, self.failure, self.square = lives, failure, self
 
     def remote(self, value: int) -> Any:
         def run() -> int:
             self.lives -= 1
             if self.lives < 0:
-                raise LostError
+                raise self.failure
             return value * value
 
         return run
 
 
-def test_a_task_whose_replica_died_is_done_by_another_and_counts_once() -> None:
+@pytest.mark.parametrize("failure", [LostError(), TaskError(EngineDeadError())])
+def test_a_task_whose_replica_died_is_done_by_another_and_counts_once(failure: Exception) -> None:
     tasks = [(value,) for value in range(7)]
-    found = list(OnRay(Ray, [Actor(2), Actor(100)]).map("square", tasks))
-    assert sorted(found) == [(value, value * value) for value in range(7)]
+    engines = OnRay(Ray, [Actor(100, failure), Actor(2, failure)])
+    assert sorted(engines.map("square", tasks)) == [(value, value * value) for value in range(7)]
+    engines.everywhere("square", 1)
+    engines = OnRay(Ray, [Actor(2, failure), Actor(1, failure)])
     with pytest.raises(SteeringError, match="every replica died"):
-        list(OnRay(Ray, [Actor(2), Actor(1)]).map("square", tasks))
+        list(engines.map("square", tasks))
+    with pytest.raises(SteeringError, match="every replica died"):
+        engines.everywhere("square", 1)
+    with pytest.raises(SafeSteerError, match="too long"):
+        list(OnRay(Ray, [Actor(1, TaskError(SafeSteerError("too long")))]).map("square", tasks))
+    with pytest.raises(SteeringError, match="a replica failed"):
+        list(OnRay(Ray, [Actor(1, TaskError(ValueError("odd")))]).map("square", tasks))
 
 
 def test_two_replicas_on_ray(fitted: tuple[ModelFiles, VectorBank], monkeypatch: pytest.MonkeyPatch) -> None:

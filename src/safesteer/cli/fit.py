@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -131,6 +132,17 @@ def fit(
     json: options.AsJson = False,
 ) -> None:
     """Fit a direction for each category from prompts alone, and write them as a bank."""
+    if model.startswith("-"):  # an option that is not known, taken for the model
+        known = [name for one in context.command.params for name in one.opts if name.startswith("--")]
+        near = get_close_matches(model, known, 1)
+        hint = (
+            f"; did you mean {near[0]}?"
+            if near
+            else "; vLLM's own options stand after the model"
+            if engine == "vllm"
+            else ""
+        )
+        raise SafeSteerError(f"{model} is no option of safesteer fit{hint}")
     check_writable(out_file)
     settings = _settings(
         recipe, method, site, layers, position, harmless, multiplier, dose, shrinkage, gate, false_alarm, neurons
@@ -199,7 +211,10 @@ def _in_vllm(
         def effect(bank: VectorBank, prompts: Any, count: Callable[[int], None]) -> calibration.Effect:
             readers.close()  # their memory is needed
             unit = calibration.MOST / bank.strength_ceiling
-            steered = Steered(files, calibration.scaled(bank, unit), engine_options)
+            try:
+                steered = Steered(files, calibration.scaled(bank, unit), engine_options)
+            except SafeSteerError as error:
+                raise SafeSteerError(f"the dose cannot be calibrated: {error}; with --dose it need not be") from None
             stack.callback(steered.close)
             return calibration.effects_of(steered.next_tokens, files.tokenizer, unit, prompts, count)
 

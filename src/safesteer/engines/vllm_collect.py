@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from safesteer.models.layout import SITES, Site, find_layout
 from safesteer.vectors.gate import TAIL, centre, strongest
 
 COLLECT = "safesteer_collect"
+LONGEST = 2048  # characters of a spec
 Mode = Literal["sum", "view", "score"]
 Span = tuple[int, int]  # first token, and the one after the last
 
@@ -55,7 +56,10 @@ def what_of(config: Any) -> What | None:
     if named.get("version") != __version__:
         raise SteeringError(f"additional_config[{NAME!r}] was made for another version of SafeSteer")
     given = named["collect"]
-    found = What(tuple(given["layers"]), given["site"], tuple(given["gate_layers"]))
+    try:
+        found = What(tuple(given["layers"]), given["site"], tuple(given["gate_layers"]))
+    except (TypeError, KeyError):
+        raise SteeringError(f"additional_config[{NAME!r}] does not say what to read") from None
     if not found.layers or found.site not in SITES:
         raise SteeringError(f"additional_config[{NAME!r}] names no layers to read, or no site")
     return found
@@ -86,11 +90,17 @@ class Job:
     def parse(cls, spec: Any) -> Job:
         """The inverse. Raises `SteeringError`."""
         try:
-            given = json.loads(spec)
-            spans = {name: (int(given[name][0]), int(given[name][1])) for name in ("span", "norms", "words")}
-            return cls(**{**given, **spans})
-        except (TypeError, ValueError, KeyError, IndexError):
+            given = json.loads(spec) if isinstance(spec, str) and len(spec) <= LONGEST else {}
+            spans = {name: (given[name][0], given[name][1]) for name in ("span", "norms", "words")}
+            found = cls(**{**given, **spans})
+            texts, numbers = (found.shard, found.group), (found.row, found.which, *sum(spans.values(), ()))
+            if found.mode not in get_args(Mode) or not all(isinstance(one, str) for one in texts):
+                raise ValueError
+            if not all(type(one) is int and one >= 0 for one in numbers):
+                raise ValueError
+        except (TypeError, ValueError, KeyError, IndexError, RecursionError):
             raise SteeringError(f"the {COLLECT} spec is not one that SafeSteer made") from None
+        return found
 
 
 @dataclass

@@ -61,6 +61,13 @@ class Replica:
         with plugin.starting():
             self._llm = LLM(folder, **options, **what.options())
         try:
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self) -> None:
+        try:
             states = self._llm.collective_rpc("safesteer_state")
         except Exception as error:
             raise plugin.no_plugin(error) from None
@@ -99,25 +106,22 @@ class Replica:
 
         how = SamplingParams(max_tokens=tokens, min_tokens=2, temperature=0.0, detokenize=False)
         given: list[Any] = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        return [list(one.outputs[0].token_ids) for one in _asked(self._llm, given, how)]
+        return [list(one.outputs[0].token_ids) for one in _asked(self._llm, given, how, tokens + 1)]
 
     def close(self) -> None:
         """Shut the engine down, so that its memory is free."""
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _asked(llm: Any, prompts: Sequence[Any], parameters: Any) -> list[Any]:
-    """The outputs of an `LLM`. Raises `SafeSteerError` where a prompt has no room."""
-    from vllm.exceptions import VLLMValidationError
-
-    try:
-        found: list[Any] = llm.generate(prompts, parameters, use_tqdm=False)
-    except VLLMValidationError as error:
-        longest = max(len(one["prompt_token_ids"]) for one in prompts)
+def _asked(llm: Any, prompts: Sequence[Any], parameters: Any, room: int = 1) -> list[Any]:
+    """The outputs of an `LLM`. Raises `SafeSteerError` where a prompt and `room` tokens more are too long for it."""
+    longest = room + max(len(one["prompt_token_ids"]) for one in prompts)
+    most = int(llm.llm_engine.vllm_config.model_config.max_model_len)
+    if longest > most:
         raise SafeSteerError(
-            f"vLLM does not take a prompt of the fit, the longest of which has {longest} tokens: {str(error).split('. ')[0]}; "
-            "give a larger --max-model-len"
-        ) from None
+            f"a prompt of the fit needs {longest} tokens, the engine has {most}; give --max-model-len {longest}"
+        )
+    found: list[Any] = llm.generate(prompts, parameters, use_tqdm=False)
     return found
 
 
@@ -144,7 +148,7 @@ class _One:
 
 
 class OnRay:
-    """Replicas that are Ray actors. A task whose actor died goes to another; `SteeringError` when none is left."""
+    """Replicas that are Ray actors. A task whose actor or engine died goes to another; `SteeringError` when none is left."""
 
     def __init__(self, ray: Any, actors: Sequence[Any]) -> None:
         self._ray, self._actors = ray, list(actors)
@@ -161,17 +165,37 @@ class OnRay:
                 raise SteeringError("every replica died; see Ray's log")
             [done], _ = self._ray.wait(list(running), num_returns=1)
             number, task, actor = running.pop(done)
-            try:
-                result = self._ray.get(done)
-            except self._ray.exceptions.RayActorError:
-                self._actors.remove(actor)
+            lives, result = self._result(done, actor)
+            if lives:
+                idle.append(actor)
+                yield number, result
+            else:
                 waiting.append((number, task))
-                continue
-            idle.append(actor)
-            yield number, result
 
     def everywhere(self, method: str, *arguments: Any) -> None:
-        self._ray.get([getattr(actor, method).remote(*arguments) for actor in self._actors])
+        asked = [(getattr(actor, method).remote(*arguments), actor) for actor in self._actors]
+        for future, actor in asked:
+            self._result(future, actor)
+        if not self._actors:
+            raise SteeringError("every replica died; see Ray's log")
+
+    def _result(self, future: Any, actor: Any) -> tuple[bool, Any]:
+        """Whether the actor lives, and what it gave. A dead one, or one whose engine is dead, gets no more tasks."""
+        errors = self._ray.exceptions
+        try:
+            return True, self._ray.get(future)
+        except errors.RayActorError:
+            pass
+        except errors.RayTaskError as error:
+            cause = getattr(error, "cause", error)
+            if isinstance(cause, SafeSteerError):
+                raise cause from None
+            if type(cause).__name__ != "EngineDeadError":
+                reason = " ".join(str(cause).split())[-300:]
+                raise SteeringError(f"a replica failed ({reason}); see Ray's log") from None
+            self._ray.kill(actor)
+        self._actors.remove(actor)
+        return False, None
 
 
 @contextmanager
@@ -190,9 +214,19 @@ def replicas(folder: str, what: What, options: Mapping[str, Any], count: int = 0
         raise SafeSteerError("--ray needs Ray; install it with pip install 'safesteer[ray]'") from None
     mine = not ray.is_initialized()
     if mine:
-        ray.init(log_to_driver=False, logging_level="ERROR")
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise SteeringError(
+                f"no Ray cluster was reached or started ({' '.join(str(error).split())[:300]})"
+            ) from None
     try:
-        devices = int(options.get("tensor_parallel_size", 1)) if ray.cluster_resources().get("GPU") else 0
+        there = int(ray.cluster_resources().get("GPU", 0))
+        devices = int(options.get("tensor_parallel_size", 1)) if there else 0
+        if count * devices > there:
+            raise SteeringError(
+                f"{count} engines need {count * devices} GPUs, the Ray cluster has {there}; give a smaller --ray"
+            )
         maker = ray.remote(num_gpus=devices)(Replica)
         actors = [maker.remote(folder, what, dict(options)) for _ in range(count)]
         try:
@@ -221,7 +255,11 @@ class Steered:
         bank.save(path)
         with plugin.starting():
             self._llm = LLM(str(files.folder), **{**options, "max_logprobs": -1}, **plugin.options(path))
-        plugin.armed(self._llm)
+        try:
+            plugin.armed(self._llm)
+        except BaseException:
+            self.close()
+            raise
 
     def next_tokens(self, prompts: Sequence[tuple[str, EncodedPrompt]], strength: float) -> torch.Tensor:
         """Log probabilities `[prompts, vocabulary]` after each prompt, steered by its category; `strength` 0: unsteered."""

@@ -253,9 +253,9 @@ def _processing(original: Any) -> Any:
         collect = spec_of(params, COLLECT)
         if collect is not None:
             try:
-                Job.parse(collect)
                 if what_of(self.vllm_config) is None:
                     raise SteeringError("the engine was not started to read prompts for a fit")
+                Job.parse(collect)
             except SafeSteerError as error:
                 raise VLLMValidationError(str(error)) from None
         if spec is not None or read is not None:

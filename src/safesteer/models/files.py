@@ -34,6 +34,7 @@ class ModelFiles:
     config: Any
     stop_ids: frozenset[int]
     revision: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def depth(self) -> int:
@@ -46,35 +47,65 @@ class ModelFiles:
         return int(self.config.get_text_config().hidden_size)
 
     def fingerprint(self, names: Collection[str] | None = None) -> Fingerprint:
-        """As `models.fingerprint`, of the parameters `names`, as far as the files hold them under these names; None: of some."""
-        text = self.config.get_text_config()
+        """As `models.fingerprint`, of the parameters `names`, as far as the files hold them under these names; None: of its own.
+
+        Raises `SafeSteerError` where none of its own can be read.
+        """
+        architecture, prefix = (self.config.architectures or ["?"])[0], ""
+        own = names is None
+        if names is None:
+            model = self._outline()
+            architecture, prefix = type(model).__name__, f"{getattr(model, 'base_model_prefix', '')}."
+            names = compared(name for name, _ in model.named_parameters())
         weights: dict[str, tuple[float, ...]] = {}
-        paths = sorted(self.folder.glob("*.safetensors"))
+        dtype = getattr(self.config.get_text_config(), "dtype", None) or torch.float32
         try:
-            if names is None:
-                held: list[str] = []
-                for path in paths:
-                    with safe_open(path, framework="pt") as file:
-                        held += file.keys()
-                names = compared(held)
-            for path in paths:
+            for path in self._checkpoint():
                 with safe_open(path, framework="pt") as file:
-                    for name in sorted(set(names) & set(file.keys())):
-                        tensor = file.get_tensor(name)
-                        if tensor.is_floating_point() and tensor.numel():
-                            weights[name] = sampled(tensor)
+                    held = set(file.keys())
+                    for name in sorted(set(names)):
+                        there = name if name in held else name.removeprefix(prefix)  # GPT-2's files leave it out
+                        if there in held:
+                            tensor = file.get_tensor(there)
+                            if tensor.is_floating_point() and tensor.numel():
+                                weights[name], dtype = sampled(tensor), tensor.dtype
         except (OSError, SafetensorError) as error:
             raise SafeSteerError(f"{self.folder}: its safetensors files cannot be read ({error})") from None
-        dtype = getattr(text, "dtype", None) or torch.float32
+        if own and not weights:
+            raise SafeSteerError(f"{self.folder} holds no safetensors weights by which a bank could know its model")
         return Fingerprint(
-            architecture=(self.config.architectures or ["?"])[0],
+            architecture=architecture,
             layers=self.depth,
             width=self.width,
-            vocabulary=int(text.vocab_size),
+            vocabulary=int(self.config.get_text_config().vocab_size),
             template=template_digest(self.tokenizer),
             dtype=str(dtype).removeprefix("torch."),
             weights=weights,
         )
+
+    def _outline(self) -> Any:
+        """The model without its weights."""
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with quiet_transformers(), torch.device("meta"):
+                return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
+        except (ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise SafeSteerError(f"the model {self.name!r} could not be outlined: {reason}") from error
+
+    def _checkpoint(self) -> list[Path]:
+        """The safetensors files that transformers would load; others may lie beside them."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                return [
+                    self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                ]
+            except (ValueError, KeyError, AttributeError) as error:
+                raise SafeSteerError(f"{index} cannot be read ({error})") from None
+        whole = self.folder / "model.safetensors"
+        return [whole] if whole.is_file() else sorted(self.folder.glob("*.safetensors"))
 
 
 def model_files(
@@ -100,7 +131,7 @@ def model_files(
     stops: set[int] = set()
     for value in (_generation_end(folder, config), tokenizer.eos_token_id):
         stops.update(value if isinstance(value, list) else [value] if value is not None else [])
-    return ModelFiles(folder, name, tokenizer, config, frozenset(stops), revision)
+    return ModelFiles(folder.resolve(), name, tokenizer, config, frozenset(stops), revision, trust_remote_code)
 
 
 def _generation_end(folder: Path, config: Any) -> Any:

@@ -302,7 +302,12 @@ def fit(
     spoken = _answered(rows, sets, chosen) if "answer" in chosen.position else []
     lent = _lent(sets, chosen)
     paired = _paired(sets) if chosen.neurons else {}
-    asked = len(rows) + len(formed) + len(spoken) + len(lent) * (1 + ("answer" in chosen.position))
+    asked = (
+        len(rows)
+        + len(formed)
+        + len(spoken)
+        + len(lent) * ((chosen.position != "answer") + ("answer" in chosen.position))
+    )
     done = 0
 
     def count(more: int) -> None:
