@@ -51,9 +51,8 @@ def scaled(bank: VectorBank, total: float) -> VectorBank:
     return replace(bank, doses=bank.doses * (total / largest))
 
 
-Effect = Callable[
-    [VectorBank, float], float
-]  # of a bank at a total dose: mean KL in nats; infinite where the model overflows
+# Of a bank at a total dose: mean KL in nats; infinite where the model overflows.
+Effect = Callable[[VectorBank, float], float]
 
 
 def effects(

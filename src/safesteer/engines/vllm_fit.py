@@ -16,7 +16,6 @@ its sums at once. A shard whose engine died is sent to another, and counts as of
 
 from __future__ import annotations
 
-import math
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from safesteer.vectors.fitting import CompleteSettings, Row, Source
 from safesteer.vectors.gate import TurnSource
 
 SHARD = 256  # prompts
+LEAST = -1e4  # log probability of what cannot come: finite, so that differences are
 
 
 def what_to_read(chosen: CompleteSettings) -> What:
@@ -125,6 +125,11 @@ def _asked(llm: Any, prompts: Sequence[Any], parameters: Any, room: int = 1) -> 
     return found
 
 
+def _engine_died(error: BaseException) -> bool:
+    """Whether this is vLLM's `EngineDeadError`, which Ray hands on as a class of its own."""
+    return any(one.__name__ == "EngineDeadError" for one in type(error).__mro__)
+
+
 class Engines(Protocol):
     """Some replicas."""
 
@@ -141,10 +146,18 @@ class _One:
 
     def map(self, method: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         for number, task in enumerate(tasks):
-            yield number, getattr(self._replica, method)(*task)
+            yield number, self._result(method, task)
 
     def everywhere(self, method: str, *arguments: Any) -> None:
-        getattr(self._replica, method)(*arguments)
+        self._result(method, arguments)
+
+    def _result(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        try:
+            return getattr(self._replica, method)(*arguments)
+        except Exception as error:
+            if _engine_died(error):
+                raise SteeringError("vLLM died while it read prompts; its log above says more") from error
+            raise
 
 
 class OnRay:
@@ -190,7 +203,7 @@ class OnRay:
             cause = getattr(error, "cause", error)
             if isinstance(cause, SafeSteerError):
                 raise cause from None
-            if type(cause).__name__ != "EngineDeadError":
+            if not _engine_died(cause):
                 reason = " ".join(str(cause).split())[-300:]
                 raise SteeringError(f"a replica failed ({reason}); see Ray's log") from None
             self._ray.kill(actor)
@@ -274,10 +287,10 @@ class Steered:
         ]  # fmt: skip
         given: list[Any] = [{"prompt_token_ids": list(one.ids)} for _, one in prompts]
         found = [one.outputs[0].logprobs for one in _asked(self._llm, given, parameters)]
-        rows = torch.full((len(found), 1 + max(max(one.token_ids) for one in found)), -math.inf)
+        rows = torch.full((len(found), 1 + max(max(one.token_ids) for one in found)), LEAST)
         for row, one in zip(rows, found, strict=True):
             row[torch.tensor(one.token_ids)] = torch.tensor(one.logprobs)
-        return rows
+        return rows.clamp_min(LEAST)
 
     def close(self) -> None:
         """Shut the engine down."""
