@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -183,10 +181,7 @@ def _in_vllm(
     prompts: PromptSet | None, settings: FitSettings, refusal: Any,
 ) -> VectorBank:  # fmt: skip
     """A bank whose prompts vLLM read: first by engines that read, then by one that steers, for the dose."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    if find_spec("vllm") is None:
-        raise SafeSteerError("--engine vllm needs vLLM; install it with pip install 'safesteer[vllm]'")
+    options.need_vllm()
     from vllm.engine.arg_utils import EngineArgs
 
     from safesteer import calibration
@@ -200,12 +195,11 @@ def _in_vllm(
         ours = dict.fromkeys(plugin.OURS, "safesteer fit sets it")
         engine_options = plugin.chosen_options(EngineArgs, given, ours, "safesteer fit")
         engine_options["trust_remote_code"] = trust_remote_code
-        what = what_to_read(settings.complete(files.depth))
     with ExitStack() as stack:
         readers = stack.enter_context(ExitStack())
 
         def reader(settings: CompleteSettings, count: Callable[[int], None]) -> InVllm:  # once all else is in order
-            engines = readers.enter_context(replicas(str(files.folder), what, engine_options, ray))
+            engines = readers.enter_context(replicas(str(files.folder), what_to_read(settings), engine_options, ray))
             return InVllm(engines, files, settings, count)
 
         def effect(bank: VectorBank, prompts: Any, count: Callable[[int], None]) -> calibration.Effect:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +51,14 @@ GateOption = Annotated[
 TokensOption = Annotated[
     str | None, typer.Option("--tokens", help="For --steer: all, prompt, generated or continuation.")
 ]
+
+
+def need_vllm() -> None:
+    """Before vLLM is used: its log goes to standard error, errors only unless VLLM_LOGGING_LEVEL says otherwise."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if find_spec("vllm") is None:
+        raise SafeSteerError("--engine vllm needs vLLM; install it with pip install 'safesteer[vllm]'")
 
 
 def load(

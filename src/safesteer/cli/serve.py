@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,11 +24,8 @@ def _vllm(
     path: Path, bank: VectorBank, model: str, revision: str | None, given: list[str], most_waiting: int,
     trust_remote_code: bool, force: bool,
 ) -> Engine:  # fmt: skip
-    """vLLM with the bank's model. Its log goes to standard error: errors only, unless VLLM_LOGGING_LEVEL says otherwise."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    if find_spec("vllm") is None:
-        raise SafeSteerError("--engine vllm needs vLLM; install it with pip install 'safesteer[vllm]'")
+    """vLLM with the bank's model."""
+    options.need_vllm()
     from safesteer.models.files import model_files
     from safesteer.server.on_vllm import VllmEngine, arguments
 

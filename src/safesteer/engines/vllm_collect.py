@@ -147,14 +147,15 @@ class Collector:
         self._layers = [residual.index(layer) for layer in what.layers]
         self._gate = [residual.index(layer) for layer in what.gate_layers]
         self._states = states
-        self._values = states
+        self._values, self._slots = states, self._layers  # where `layers` at `site` are
         if what.site != "residual":
             self._values = torch.zeros(len(what.layers), tokens, layout.width, dtype=dtype, device=self._device)
+            self._slots = list(range(len(what.layers)))
             for slot, layer in enumerate(what.layers):
                 tap(layout.module(what.site, layer), self._values[slot], whole=True)
         self._centres: torch.Tensor | None = None
         self._weights: torch.Tensor | None = None
-        self._spans: list[tuple[str, Job, int, int, int, bool]] = []
+        self._spans: list[tuple[str, _Inside, bool]] = []  # of the latest pass; whether the prompt ends there
         self._jobs: dict[str, tuple[Job, _Progress]] = {}
         self._shards: dict[str, _Shard] = {}
 
@@ -171,7 +172,7 @@ class Collector:
                 if position == 0:  # new, or preempted: from the beginning
                     self._jobs[name] = Job.parse(spec), self._nothing()
                 size = min(count, prompt - position)
-                self._spans.append((name, self._jobs[name][0], start, position, size, position + size == prompt))
+                self._spans.append((name, _Inside(start, position, size), position + size == prompt))
             start += count
 
     def state(self) -> dict[str, Any]:
@@ -218,9 +219,8 @@ class Collector:
 
     @torch.inference_mode()
     def _take(self) -> None:
-        for name, job, start, position, size, last in self._spans:
-            _, progress = self._jobs[name]
-            inside = _Inside(start, position, size)
+        for name, inside, last in self._spans:
+            job, progress = self._jobs[name]
             if job.mode == "sum":
                 self._add(job, progress, inside)
             else:
@@ -235,8 +235,7 @@ class Collector:
     def _add(self, job: Job, progress: _Progress, inside: _Inside) -> None:
         span, norms, words = (inside.of(one) for one in (job.span, job.norms, job.words))
         if span is not None:
-            values = self._values[:, span] if self.what.site != "residual" else self._states[self._layers, span]
-            progress.span += values.double().sum(dim=1)
+            progress.span += self._values[self._slots, span].double().sum(dim=1)
         if norms is not None:
             lengths = torch.linalg.vector_norm(self._states[self._layers, norms], dim=-1, dtype=torch.float32)
             progress.norms += lengths.double().sum(dim=1)
