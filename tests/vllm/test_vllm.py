@@ -161,26 +161,35 @@ def test_steered_blocks_are_not_shared_and_would_be_without_the_key(world: World
     assert ask(args) == steered
 
 
-@pytest.mark.skipif(not GPUS, reason="blocks go from a GPU to the CPU and back")
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_blocks_that_come_back_from_a_connector_are_of_the_same_policy(world: World, connector: str) -> None:
-    """All requests three times, the GPU's own cache emptied in between: blocks come from the connector, under the same keys."""
+    """All requests three times, vLLM's own cache emptied in between: blocks come from the connector, under the same keys."""
     transfer = {
         "kv_connector": connector,
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 28},
     }
-    llm = start(world, enforce_eager=True, kv_transfer_config=transfer)
+    device = {} if GPUS else {"worker_extension_cls": "tests.vllm.no_device.Extension"}
+    llm = start(world, enforce_eager=True, kv_transfer_config=transfer, **device)
+
+    def ask(ids: list[int], extra: Any = None) -> Any:
+        given = vllm.SamplingParams(max_tokens=1, temperature=0, extra_args=extra)
+        return llm.generate([{"prompt_token_ids": ids}], given, use_tqdm=False)[0]
+
+    def emptied() -> bool:
+        """Blocks on their way to the connector are held until a later pass says that they have arrived."""
+        return any(llm.reset_prefix_cache() or ask([5, 6, 7]) is None for _ in range(10))
+
     try:
-        ids = list(encode(world.loaded.tokenizer, TEXTS[3]).ids)
-        for turn in range(3):
+        steered = ours.request_args(Policy.of({"breaking": 1.0}), world.bank)  # as some of the requests
+        prompt = list(encode(world.loaded.tokenizer, TEXTS[3]).ids)
+        for _ in range(3):
             found = ours.generate(llm, world.bank, world.requests, GenerationSettings(TOKENS))
             assert [one.text for one in found] == [one.text for one in world.expected]
-            assert llm.reset_prefix_cache()
-            given = vllm.SamplingParams(max_tokens=1)
-            [output] = llm.generate([{"prompt_token_ids": ids}], given, use_tqdm=False)
-            assert output.num_cached_tokens > 0, turn
-            assert llm.reset_prefix_cache()
+            for extra in (None, steered):
+                assert emptied()
+                assert ask(prompt, extra).num_cached_tokens > 0
+            assert emptied()
     finally:
         stop(llm)
 
