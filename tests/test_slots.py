@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from safesteer.engines.slots import Slots
+from safesteer.engines.vllm_collect import What
 from safesteer.engines.vllm_seams import fingerprint, untested
 from safesteer.errors import SteeringError
 from safesteer.policy import Plan
@@ -29,21 +30,49 @@ def moves(slots: Slots, layer: int = 1) -> list[float]:
 
 def test_each_token_gets_the_row_of_its_request_and_kind() -> None:
     slots = Slots((0, 1), 2, slots=2, tokens=12, dtype=torch.float32, device="cpu")
-    plans = {"a": planned(1.0), "b": None, "c": planned(2.0)}
+    plans = {"a": planned(1.0), "c": planned(2.0)}
     asked: list[str] = []
 
-    def plan_of(name: str) -> Plan | None:
-        asked.append(name)
-        return plans[name]
+    def plan_of(spec: str) -> Plan:
+        asked.append(spec)
+        return plans[spec]
 
     counts, computed, prompts = np.array([3, 2, 4]), np.array([0, 0, 1]), np.array([4, 2, 3])
-    slots.fill(["a", "b", "c"], counts, computed, prompts, plan_of)
-    # a: the first three of four prompt tokens; b: nothing; c: from its second token on, the third is its last, then two generated
+    slots.fill(["a", None, "c"], counts, computed, prompts, plan_of)
+    # a: the first three of four prompt tokens; then nothing; c: from its second token on, the third is its last, two generated
     assert moves(slots) == [1, 1, 1, 0, 0, 2, 20, 200, 200, 0, 0, 0]
     assert moves(slots, 0) == [0] * 12
-    slots.fill(["c", "a"], np.array([1, 2]), np.array([5, 3]), np.array([3, 4]), plan_of)
-    assert moves(slots)[:4] == [200, 10, 100, 0]
-    assert asked == ["a", "b", "c"]
+    slots.fill(["c", "a", "a"], np.array([1, 2, 1]), np.array([5, 3, 0]), np.array([3, 4, 4]), plan_of)
+    assert moves(slots)[:5] == [200, 10, 100, 1, 0]
+    assert asked == ["a", "c"]
+
+
+def test_a_spec_keeps_its_slot_until_another_needs_it() -> None:
+    slots = Slots((0, 1), 2, slots=2, tokens=4, dtype=torch.float32, device="cpu")
+    asked: list[str] = []
+
+    def plan_of(spec: str) -> Plan:
+        asked.append(spec)
+        return Plan("test", (), {}) if spec == "0" else planned(float(spec))
+
+    one = np.array([1])
+    for spec in ("1", "2", "1", "0", "2", "1"):  # "0" has the slot of "1", which comes back in that of "2"
+        slots.fill([spec], one, one * 7, one, plan_of)
+        assert moves(slots) == [100 * float(spec), 0, 0, 0]
+    assert asked == ["1", "2", "0", "1"]
+    slots.fill([None], one, one * 7, one, plan_of)
+    assert moves(slots) == [0] * 4
+
+
+def test_layers_of_other_workers_are_left_to_them() -> None:
+    slots = Slots((0,), 2, 1, 4, torch.float32, "cpu", elsewhere={5})
+    one = np.array([1])
+    slots.fill(
+        ["a"], one, one * 7, one, lambda spec: Plan("test", (), {**planned(1.0, 0).deltas, **planned(2.0, 5).deltas})
+    )
+    assert moves(slots, 0) == [100, 0, 0, 0]
+    none = Slots((), 2, 1, 4, torch.float32, "cpu", elsewhere={0, 5})
+    none.fill(["a"], one, one * 7, one, lambda spec: planned(1.0, 5))
 
 
 def test_slots_come_back_and_leave_nothing_behind() -> None:
@@ -51,12 +80,12 @@ def test_slots_come_back_and_leave_nothing_behind() -> None:
     one = np.array([1])
     for turn in range(5):
         layer = turn % 2
-        slots.fill([f"r{turn}"], one, one * 7, one, lambda name, layer=layer: planned(1.0, layer))  # type: ignore[misc]
+        slots.fill([f"{turn}"], one, one * 7, one, lambda spec, layer=layer: planned(1.0, layer))  # type: ignore[misc]
         assert (moves(slots, layer)[0], moves(slots, 1 - layer)[0]) == (100, 0)
     with pytest.raises(SteeringError, match="more steered requests"):
-        slots.fill(["x", "y"], np.array([1, 1]), np.array([0, 0]), np.array([1, 1]), lambda name: planned(1.0))
+        slots.fill(["x", "y"], np.array([1, 1]), np.array([0, 0]), np.array([1, 1]), lambda spec: planned(1.0))
     with pytest.raises(SteeringError, match=r"blocks \[5\]"):
-        Slots((0,), 2, 1, 4, torch.float32, "cpu").fill(["z"], one, one, one, lambda name: planned(1.0, 5))
+        Slots((0,), 2, 1, 4, torch.float32, "cpu").fill(["z"], one, one, one, lambda spec: planned(1.0, 5))
 
 
 def test_engines_that_were_not_tested_are_named() -> None:
@@ -67,6 +96,7 @@ def test_engines_that_were_not_tested_are_named() -> None:
             use_ubatching=given.pop("overlap", False),
         )
         plain = {"kv_transfer_config": None, "speculative_config": None, "cache_config": SimpleNamespace()}
+        plain |= {"additional_config": {}, "use_v2_model_runner": True}
         return SimpleNamespace(parallel_config=parallel, **{**plain, **given})
 
     assert untested(config()) is None
@@ -75,8 +105,14 @@ def test_engines_that_were_not_tested_are_named() -> None:
         untested(config(kv_transfer_config=SimpleNamespace(kv_connector="NixlConnector")))
         == "the KV connector NixlConnector"
     )
-    assert untested(config(speculative_config=SimpleNamespace())) == "speculative decoding"
-    assert untested(config(stages=2)) == "pipeline parallelism"
+    drafts = SimpleNamespace(method="draft_model")
+    assert untested(config(speculative_config=drafts)) is None
+    assert untested(config(speculative_config=SimpleNamespace(method="eagle"))) == "speculative decoding by eagle"
+    assert untested(config(stages=2)) is None
+    assert "first runner" in str(untested(config(stages=2, use_v2_model_runner=False)))
+    collect = What((1,)).options()["additional_config"]
+    assert untested(config(stages=2, additional_config=collect)) == "pipeline parallelism in a fit"
+    assert untested(config(speculative_config=drafts, additional_config=collect)) == "speculative decoding in a fit"
     assert untested(config(replicas=2)) == "data parallelism"
     assert untested(config(overlap=True)) == "dual batch overlap"
 

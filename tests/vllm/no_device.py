@@ -1,8 +1,8 @@
 """Lets vLLM's offloading connectors run without a GPU: streams and events of nothing, and copies by the CPU.
 
 Both connectors copy blocks by lists of addresses and sizes; here `memmove` does, at once and in order. All else of them is
-vLLM's: keys, lookups, evictions, jobs. A worker that takes its extension from this file (`worker_extension_cls`) imports it before its
-caches are made, and is patched by that; nothing else may import it.
+vLLM's: keys, lookups, evictions, jobs. A worker that takes its extension from this file (`worker_extension_cls`) imports it
+before its caches are made, and is patched by that; nothing else may import it.
 """
 
 from __future__ import annotations

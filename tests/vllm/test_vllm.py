@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -53,6 +54,16 @@ MODES: dict[str, dict[str, Any]] = {
     "preempted": {"enforce_eager": True, "num_gpu_blocks_override": 12, "max_num_seqs": 6},
     "compiled": {},
     "two tensor-parallel workers": {"enforce_eager": True, "tensor_parallel_size": 2},
+    "two pipeline stages": {"enforce_eager": True, "pipeline_parallel_size": 2},
+    "speculation by n-grams": {
+        "enforce_eager": True,
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1},
+    },
+    # The model itself, unsteered, drafts.
+    "speculation by a model": {
+        "enforce_eager": True,
+        "speculative_config": {"method": "draft_model", "num_speculative_tokens": 3},
+    },
 }
 
 
@@ -96,8 +107,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def start(world: World, **options: Any) -> Any:
+    if options.get("speculative_config", {}).get("method") == "draft_model":
+        options["speculative_config"] = {**options["speculative_config"], "model": str(world.model)}
     defaults = {"max_model_len": 256, "block_size": 32, "max_num_seqs": 4, "max_num_batched_tokens": 64}
-    return vllm.LLM(str(world.model), dtype="float32", **{**defaults, **ours.options(world.path), **options})
+    return vllm.LLM(
+        str(world.model),
+        dtype="float32",
+        disable_log_stats=False,
+        **{**defaults, **ours.options(world.path), **options},
+    )
 
 
 def stop(llm: Any) -> None:
@@ -117,14 +135,21 @@ def test_every_answer_is_the_references(world: World, mode: str, monkeypatch: py
     """48 requests, more than slots, twice: the second time from a warm cache."""
     if os.environ.get("TRITON_INTERPRET") and not MODES[mode]:
         pytest.skip("torch.compile needs a Triton for this machine, not its interpreter")
-    if GPUS and MODES[mode].get("tensor_parallel_size", 1) > GPUS:
+    workers = math.prod(MODES[mode].get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size"))
+    if GPUS and workers > GPUS:
         pytest.skip("needs more GPUs")
-    if "tensor_parallel_size" in MODES[mode]:
+    if workers > 1:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    if "pipeline_parallel_size" in MODES[mode]:  # a stage that only reads, and one that reads and steers
+        monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2")
+    if "pipeline_parallel_size" in MODES[mode] and not SECOND_RUNNER:
+        with pytest.raises(SafeSteerError, match="pipeline parallelism under vLLM's first runner"):
+            start(world, **MODES[mode])
+        return
     llm = start(world, **MODES[mode])
     try:
         states = ours.armed(llm)
-        assert len(states) == MODES[mode].get("tensor_parallel_size", 1)
+        assert len(states) == workers
         assert {one["runner"] for one in states} == {2 if SECOND_RUNNER else 1}
         for _ in range(2):
             found = ours.generate(llm, world.bank, world.requests, GenerationSettings(TOKENS))
@@ -138,6 +163,9 @@ def test_every_answer_is_the_references(world: World, mode: str, monkeypatch: py
                         wanted.steering["reading"]["risk"], abs=1e-3
                     )
         assert ours.armed(llm)[0]["steered"] > 0
+        if "speculative_config" in MODES[mode]:
+            accepted = [one for one in llm.get_metrics() if one.name == "vllm:spec_decode_num_accepted_tokens"]
+            assert sum(one.value for one in accepted) > 0
     finally:
         stop(llm)
 

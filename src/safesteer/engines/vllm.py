@@ -27,6 +27,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from safesteer import __version__
 from safesteer.engines.generation import GenerationSettings, Request, Response
 from safesteer.errors import SafeSteerError, SteeringError
@@ -89,6 +91,7 @@ class Specs:
     def __init__(self, bank: VectorBank) -> None:
         self.bank, self.digest = bank, bank.digest()
         self.layers = bank.acting
+        self.reads = () if bank.gate is None else bank.gate.layers
         self._policies = lru_cache(POLICIES)(self._parse)
         self._plans = lru_cache(PLANS)(lambda spec: plan(self._policies(spec), bank))
 
@@ -188,13 +191,21 @@ def armed(llm: Any) -> list[dict[str, Any]]:
         states: list[dict[str, Any]] = llm.collective_rpc("safesteer_state")
     except Exception as error:
         raise no_plugin(error) from None
-    return all_armed(states)
+    return all_armed(states, specs_of(llm.llm_engine.vllm_config))
 
 
-def all_armed(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What every worker says of itself (`safesteer_state`), if all steer by one bank. Raises `SteeringError`."""
-    if not states or not all(one["armed"] for one in states) or len({one["bank"] for one in states}) != 1:
+def all_armed(states: list[dict[str, Any]], specs: Specs | None) -> list[dict[str, Any]]:
+    """What every worker says of itself (`safesteer_state`), if all steer by the bank, and together at every block of it.
+
+    Raises `SteeringError`.
+    """
+    if specs is None or not states or not all(one["armed"] for one in states):
         raise SteeringError("not every worker steers; start the engine with safesteer.engines.vllm.options(BANK)")
+    if {one["bank"] for one in states} != {specs.digest}:
+        raise SteeringError("the workers hold another bank than the one that is meant")
+    for wanted, name in ((specs.layers, "layers"), (specs.reads, "reads")):
+        if set(wanted) != {layer for one in states for layer in one[name]}:
+            raise SteeringError("some of the blocks that the bank needs are held by no worker")
     return states
 
 
@@ -225,11 +236,20 @@ def reading_params(mark: str, first: int) -> Any:
     return SamplingParams(max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True, extra_args=read)
 
 
-def reading_of(found: dict[str, Any] | None) -> Reading:
-    """A reading from a worker's plain data (`safesteer_readings`). Raises `SteeringError` where there is none."""
-    if found is None:
+def reading_of(bank: VectorBank, shares: Sequence[dict[str, Any] | None]) -> Reading:
+    """The reading of a prompt from what each worker has of it (`safesteer_readings`).
+
+    Stages of a pipeline have the sums over their own layers; tensor-parallel workers have the same. Raises `SteeringError` where
+    a layer is not among them, or a number is not finite.
+    """
+    parts = {tuple(one["slots"]): one for one in shares if one is not None}
+    if bank.gate is None or sorted(slot for slots in parts for slot in slots) != list(range(len(bank.gate.layers))):
         raise SteeringError("a prompt was not read, so it is not known whether to steer it")
-    return Reading(**{**found, "categories": tuple(found["categories"]), "tokens": tuple(found["tokens"])})
+    ends, scores = (
+        torch.stack([torch.tensor(one[name]) for one in parts.values()]).sum(dim=0) for name in ("sums", "scores")
+    )
+    first = next(iter(parts.values()))["first"]
+    return bank.gate.decide(ends + bank.gate.biases, scores + bank.gate.token_bias, first)
 
 
 def generate(
@@ -257,8 +277,9 @@ def generate(
             reading_params(mark, turn_start(prompts[index], markers)) for mark, index in zip(marks, some, strict=True)
         ]
         llm.generate([given[index] for index in some], asked, use_tqdm=False)
-        for index, found in zip(some, llm.collective_rpc("safesteer_readings", args=(marks,))[0], strict=True):
-            readings[index] = reading_of(found)
+        of_workers = llm.collective_rpc("safesteer_readings", args=(marks,))
+        for index, shares in zip(some, zip(*of_workers, strict=True), strict=True):
+            readings[index] = reading_of(bank, shares)
     plans = [plan(policy, bank, reading) for policy, reading in zip(policies, readings, strict=True)]
     specs = Specs(bank)
     parameters = [

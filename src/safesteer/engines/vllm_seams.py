@@ -31,6 +31,8 @@ TESTED = ("0.32",)  # minor versions
 _MARK = "_safesteer"
 # Connectors that find blocks by vLLM's own hashes, which the cache salt is part of.
 CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+# Methods of speculative decoding. What is drafted, unsteered, is verified by the steered model.
+SPECULATIVE = ("ngram", "draft_model")
 
 
 def patch() -> None:
@@ -215,9 +217,13 @@ def untested(config: Any) -> str | None:
     """The first option of a vLLM configuration under which tokens may not be where they are looked for, or blocks not keyed."""
     parallel, transfer = config.parallel_config, config.kv_transfer_config
     connector = getattr(transfer, "kv_connector", None)
+    speculative = getattr(config.speculative_config, "method", None)
+    fits, stages = what_of(config) is not None, parallel.pipeline_parallel_size > 1
     checks = {
-        "speculative decoding": config.speculative_config is not None,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        f"speculative decoding by {speculative}": speculative is not None and speculative not in SPECULATIVE,
+        "speculative decoding in a fit": speculative is not None and fits,
+        "pipeline parallelism under vLLM's first runner": stages and not getattr(config, "use_v2_model_runner", False),
+        "pipeline parallelism in a fit": stages and fits,
         "data parallelism": getattr(parallel, "data_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "dual batch overlap": getattr(parallel, "use_ubatching", False),

@@ -5,13 +5,14 @@
 
 Before each pass a seam (`safesteer.engines.vllm_seams`) tells which requests are in the flat batch, where and how far they are
 (`Pass`). What the gate needs of a reading request is taken, on the device, before the next pass overwrites the states; it
-crosses to the CPU when it is fetched: two vectors a layer and a number a token, never the activations.
+crosses to the CPU when it is fetched: two vectors a layer and a number a token, never the activations. A worker that holds some
+of the blocks (a pipeline's stage) steers and reads those; what it gives of a reading is its share of the sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -79,43 +80,41 @@ class Armed:
         bank = specs.bank
         layout = find_layout(model)
         _fits(bank, layout.width, layout.depth)
-        device = next(layout.blocks[0].parameters()).device
-        self.slots = Slots(specs.layers, layout.width, requests, tokens, dtype, device)
-        for layer in specs.layers:
+        device = next(layout.blocks[layout.here[0]].parameters()).device
+        layers = [layer for layer in specs.layers if layer in layout.here]
+        self.slots = Slots(
+            layers, layout.width, requests, tokens, dtype, device, elsewhere=set(specs.layers) - set(layers)
+        )
+        for layer in layers:
             _patch(layout.module(bank.site, layer), self.slots.table(layer), self.slots.index)
+        self.layers = layers
         self._gate = bank.gate
+        self._reads = [slot for slot, layer in enumerate(specs.reads) if layer in layout.here]  # of the gate's layers
         self._spans: list[_Span] = []  # of the latest pass
         self._watched: dict[str, _Watch] = {}
         self._read: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}  # mark -> endings, scores, first position
-        if bank.gate is not None:
-            self._centres = bank.gate.centres.to(device).unsqueeze(1)
-            self._weights = bank.gate.token_weights.to(device)
-            self._states = torch.zeros(len(bank.gate.layers), tokens, layout.width, dtype=dtype, device=device)
-            for slot, layer in enumerate(bank.gate.layers):
-                tap(layout.blocks[layer], self._states[slot])
+        if bank.gate is not None and self._reads:
+            self._centres = bank.gate.centres[self._reads].to(device).unsqueeze(1)
+            self._weights = bank.gate.token_weights[self._reads].to(device)
+            self._states = torch.zeros(len(self._reads), tokens, layout.width, dtype=dtype, device=device)
+            blocks = [layout.blocks[specs.reads[slot]] for slot in self._reads]
+            for block, states in zip(blocks, self._states, strict=True):
+                tap(block, states)
             # Buffers of the model, so that they are there again when an engine wakes from sleep.
-            layout.blocks[bank.gate.layers[0]].register_buffer("safesteer_centres", self._centres, persistent=False)
-            layout.blocks[bank.gate.layers[0]].register_buffer("safesteer_weights", self._weights, persistent=False)
+            blocks[0].register_buffer("safesteer_centres", self._centres, persistent=False)
+            blocks[0].register_buffer("safesteer_weights", self._weights, persistent=False)
 
     def fill(self, now: Pass) -> None:
         """Before a pass."""
         self._collect()
-
-        def plan_of(name: str) -> Plan | None:
-            spec = spec_of(now.params(name))
-            if spec is None:
-                return None
-            self.steered += 1
-            found: Plan = self.specs.plan(spec)
-            return found
-
-        self.slots.fill(now.requests, now.counts, now.computed, now.prompts, plan_of)
-        if self._gate is None:
+        params = [now.params(name) for name in now.requests]
+        self.slots.fill([spec_of(one) for one in params], now.counts, now.computed, now.prompts, self._plan)
+        if not self._reads:
             return
         start = 0
-        rows = zip(now.requests, now.counts.tolist(), now.computed.tolist(), now.prompts.tolist(), strict=True)
-        for name, count, position, prompt in rows:
-            spec = spec_of(now.params(name), READ) if position < prompt else None
+        rows = zip(params, now.counts.tolist(), now.computed.tolist(), now.prompts.tolist(), strict=True)
+        for one, count, position, prompt in rows:
+            spec = spec_of(one, READ) if position < prompt else None
             if spec is not None:
                 mark, first = read_spec(spec)
                 if position <= first:  # nothing is read yet: it is new, or was preempted
@@ -127,17 +126,18 @@ class Armed:
             start += count
 
     def state(self) -> dict[str, Any]:
-        """The bank's digest, vLLM's runner (1 or 2), the blocks that steer, and how many plans were written so far."""
+        """The bank's digest, vLLM's runner (1 or 2), the blocks here that steer and that the gate reads, plans written so far."""
         return {
             "armed": True,
             "bank": self.specs.digest,
             "runner": self.runner,
-            "layers": self.specs.layers,
+            "layers": list(self.layers),
+            "reads": [self.specs.reads[slot] for slot in self._reads],
             "steered": self.steered,
         }
 
     def readings(self, marks: Sequence[str]) -> list[dict[str, Any] | None]:
-        """What was read under `marks`, as plain data, and no longer kept; None: nothing, or what is not finite."""
+        """What was read under `marks`, for `safesteer.engines.vllm.reading_of`, and no longer kept; None: nothing."""
         self._collect()
         return [self._reading(mark) for mark in marks]
 
@@ -146,10 +146,12 @@ class Armed:
         if found is None or self._gate is None:
             return None
         endings, scores, first = found
-        try:
-            return asdict(self._gate.conclude(list(zip(endings.cpu(), scores.cpu(), strict=True)), first))
-        except SteeringError:
-            return None
+        sums, passage = self._gate.share(list(zip(endings.cpu(), scores.cpu(), strict=True)), self._reads)
+        return {"slots": self._reads, "sums": sums.tolist(), "scores": passage.tolist(), "first": first}
+
+    def _plan(self, spec: str) -> Plan:
+        self.steered += 1
+        return self.specs.plan(spec)
 
     def _collect(self) -> None:
         """Take from the latest pass what the gate reads."""

@@ -39,7 +39,8 @@ _NOT_A_SITE = re.compile(r"norm|dropout", re.IGNORECASE)
 class ModelLayout:
     """The decoder, its blocks in order, and the module of each site (empty tuple: the site was not found).
 
-    `decoder` is the innermost module that holds the blocks and receives `attention_mask` and `past_key_values`.
+    `decoder` is the innermost module that holds the blocks and receives `attention_mask` and `past_key_values`. A block that
+    another stage of a pipeline holds is an `nn.Identity`, in every site.
     """
 
     decoder: nn.Module
@@ -54,6 +55,11 @@ class ModelLayout:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    @property
+    def here(self) -> tuple[int, ...]:
+        """The blocks that this process holds: all, unless they are spread over the stages of a pipeline."""
+        return tuple(layer for layer, block in enumerate(self.blocks) if not _elsewhere(block))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -139,10 +145,15 @@ def find_layout(model: Any) -> ModelLayout:
     raise UnsupportedModelError(f"no list of {depth} decoder blocks was found in {kind}")
 
 
+def _elsewhere(block: nn.Module) -> bool:
+    return isinstance(block, nn.Identity)
+
+
 def _looks_like_blocks(candidates: nn.ModuleList) -> bool:
     """Blocks hold submodules with an attention among them; a list of norms or embeddings does not."""
-    return all(
-        any(_ATTENTION.search(f"{n} {type(m).__name__}") for n, m in block.named_children()) for block in candidates
+    here = [block for block in candidates if not _elsewhere(block)]
+    return bool(here) and all(
+        any(_ATTENTION.search(f"{n} {type(m).__name__}") for n, m in block.named_children()) for block in here
     )
 
 
@@ -175,6 +186,9 @@ def _routers(mlp: tuple[nn.Module, ...], width: int) -> tuple[nn.Module, ...]:
 def _site(blocks: tuple[nn.Module, ...], pattern: re.Pattern[str]) -> tuple[nn.Module, ...]:
     found: list[nn.Module] = []
     for block in blocks:
+        if _elsewhere(block):
+            found.append(block)
+            continue
         matches = [
             module
             for name, module in block.named_children()

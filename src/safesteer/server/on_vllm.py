@@ -142,8 +142,7 @@ class VllmEngine:
             states = await self._llm.collective_rpc("safesteer_state")
         except Exception as error:
             raise plugin.no_plugin(error) from None
-        if plugin.all_armed(states)[0]["bank"] != self._specs.digest:
-            raise SteeringError("the workers hold another bank than the server")
+        plugin.all_armed(states, self._specs)
         self.context = int(self._llm.model_config.max_model_len)
         await self._self_test()
 
@@ -235,16 +234,17 @@ class VllmEngine:
 
     async def _fetch(self) -> None:
         wanted, self._wanted = self._wanted, {}
+        problem: Exception | None = None
         try:
-            found = (await self._llm.collective_rpc("safesteer_readings", args=(list(wanted),)))[0]
+            found = list(zip(*await self._llm.collective_rpc("safesteer_readings", args=(list(wanted),)), strict=True))
         except Exception as error:
-            found = [error] * len(wanted)
-        for future, one in zip(wanted.values(), found, strict=True):
+            problem, found = error, [()] * len(wanted)
+        for future, shares in zip(wanted.values(), found, strict=True):
             if future.done():  # its request was left
                 continue
             try:
-                if isinstance(one, Exception):
-                    raise SteeringError(f"the gate could not be read ({type(one).__name__})")
-                future.set_result(plugin.reading_of(one))
+                if problem is not None:
+                    raise SteeringError(f"the gate could not be read ({type(problem).__name__})")
+                future.set_result(plugin.reading_of(self.bank, shares))
             except SteeringError as error:
                 future.set_exception(error)

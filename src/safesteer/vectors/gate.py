@@ -100,15 +100,26 @@ class Gate:
         ends = torch.stack([ending(row[first:end]) for row, (first, end) in zip(centred, spans, strict=True)]).cpu()
         return [(one, row[first:end]) for one, row, (first, end) in zip(ends, scores, spans, strict=True)]
 
+    def share(
+        self, views: Sequence[tuple[torch.Tensor, torch.Tensor]], slots: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layers `slots` add to a and all t_c, `[1 + categories]`, and to s, `[tokens]`, from a `view` at each."""
+        ends = torch.stack([end for end, _ in views]).transpose(0, 1).flatten()
+        scores = torch.stack([score for _, score in views]).sum(dim=0)
+        weights = self.weights.reshape(len(self.weights), 2, len(self.layers), -1)[:, :, list(slots)].flatten(1)
+        return weights @ ends, scores
+
     def project(self, views: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """a and all t_c, `[1 + categories]`, and s of each token, `[tokens]`, from a prompt's `view` at each layer in turn."""
-        ends = torch.stack([end for end, _ in views]).transpose(0, 1).flatten()
-        scores = torch.stack([score for _, score in views]).sum(dim=0) + self.token_bias
-        return self.weights @ ends + self.biases, scores
+        ends, scores = self.share(views, range(len(self.layers)))
+        return ends + self.biases, scores + self.token_bias
 
     def conclude(self, views: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int = 0) -> Reading:
         """The reading of a prompt from its `view` at each layer in turn; `first` is the position of the first token."""
-        risk_and_topics, scores = self.project(views)
+        return self.decide(*self.project(views), first)
+
+    def decide(self, risk_and_topics: torch.Tensor, scores: torch.Tensor, first: int = 0) -> Reading:
+        """The reading, from what `project` gives. Raises `SteeringError` where that is not finite."""
         ends_at, passage = float(risk_and_topics[0]), float(strongest(scores))
         risk = float(_join(torch.tensor([[ends_at, passage]]), self.calm)[0])
         if not math.isfinite(risk):

@@ -9,6 +9,7 @@ import os
 import types
 
 import triton.backends
+import triton.runtime.interpreter
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
@@ -23,3 +24,14 @@ class _Driver:
 
 
 triton.backends.backends["cpu"] = types.SimpleNamespace(driver=_Driver)
+
+# The interpreter refuses masks of integers, which Triton's compilers take.
+_masked_load = triton.runtime.interpreter.InterpreterBuilder.create_masked_load
+
+
+def _load(self, ptrs, mask, other, cache_policy, is_volatile):  # type: ignore[no-untyped-def]
+    mask.data = mask.data.astype(bool)
+    return _masked_load(self, ptrs, mask, other, cache_policy, is_volatile)
+
+
+triton.runtime.interpreter.InterpreterBuilder.create_masked_load = _load
