@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,3 +209,41 @@ def test_when_vllm_ends_requests_fail_and_it_is_not_alive(world: World, engine: 
     assert not engine.alive
     with pytest.raises(SteeringError, match="vLLM ended"):
         engine.submit(job, print)
+
+
+@pytest.mark.parametrize(
+    ("verb", "how", "status", "processes"),  # processes: the command, a tracker, the engine, its worker
+    [("serve", signal.SIGINT, 130, 3), ("serve", signal.SIGTERM, 143, 4), ("fit", signal.SIGINT, 130, 4)],
+)
+def test_what_is_stopped_while_vllm_starts_leaves_no_process(
+    world: World,  # noqa: F811
+    tmp_path: Path,
+    verb: str,
+    how: signal.Signals,
+    status: int,
+    processes: int,
+) -> None:
+    model, bank, out = (str(one) for one in (world.model, world.path, tmp_path / "new.safetensors"))
+    given = ["serve", bank, "--model", model, "--port", "0"] if verb == "serve" else ["fit", model, "--out", out]
+    command = [sys.executable, "-m", "safesteer.cli.main", *given, "--engine", "vllm", *SMALL]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as running:
+
+        def alive() -> list[str]:
+            shown = subprocess.run(["ps", "-eo", "sid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+            rows = [line.split(maxsplit=2) for line in shown.splitlines()]
+            return [row[2] for row in rows if row[0] == str(running.pid) and not row[1].startswith("Z")]
+
+        def until(done: Callable[[], bool]) -> bool:
+            deadline = time.monotonic() + 60
+            while not done() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            return done()
+
+        try:
+            assert until(lambda: len(alive()) >= processes)
+            running.send_signal(how)
+            assert running.wait(60) == status
+            assert until(lambda: not alive())
+        finally:
+            running.kill()
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -70,7 +72,9 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line: user errors end in one sentence and status 1, Ctrl-C in status 130."""
+    """Run the command line: user errors end in one sentence and status 1, Ctrl-C in status 130, SIGTERM in 143, all tidied up."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

@@ -19,6 +19,8 @@ Specs are JSON strings in `SamplingParams.extra_args`: the bank's digest and str
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -209,11 +211,23 @@ def all_armed(states: list[dict[str, Any]], specs: Specs | None) -> list[dict[st
     return states
 
 
+class _StopError(BaseException):
+    """Ctrl-C, by another name than the one that vLLM takes for nothing while its processes start (`zmq_socket_ctx`)."""
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise _StopError
+
+
 @contextmanager
 def starting() -> Iterator[None]:
-    """Around the start of an engine: what vLLM raises becomes a `SteeringError` of one sentence."""
+    """Around the start of an engine: what vLLM raises becomes a `SteeringError` of one sentence, and Ctrl-C ends it."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, _stop) if main else None
     try:
         yield
+    except _StopError:
+        raise KeyboardInterrupt from None
     except SafeSteerError:
         raise
     except Exception as error:
@@ -221,6 +235,9 @@ def starting() -> Iterator[None]:
         raise SteeringError(
             f"vLLM did not start ({reason or type(error).__name__}); its log above says more"
         ) from error
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
 
 
 def no_plugin(error: Exception) -> SteeringError:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import multiprocessing
 import threading
 import uuid
 from collections.abc import Coroutine, Sequence
@@ -76,6 +77,9 @@ class VllmEngine:
             with plugin.starting():
                 self._wait(self._start(arguments))
         except BaseException:
+            if self._llm is None:  # interrupted: the loop waits for a process that loads a model
+                for process in multiprocessing.active_children():
+                    process.kill()
             self.close()
             raise
 
