@@ -1,8 +1,9 @@
 """Lets vLLM's V2 model runner run on a CPU: its Triton kernels in Triton's interpreter (`TRITON_INTERPRET=1`).
 
 vLLM takes V2 on CPUs only where Triton has a CPU backend, which no package index has; the interpreter needs none, so its name is
-enough; `torch.compile` would ask it for more, and is off. On PYTHONPATH for the second half of `make test-vllm`, in every process
-of the engine.
+enough, and for `torch.compile`, whose code for CPUs is C++, a hash. Small functions of vLLM's are not compiled, to save time: a
+test that compiles sets `TORCHDYNAMO_DISABLE=0`. On PYTHONPATH for the second half of `make test-vllm`, in every process of the
+engine.
 """
 
 import os
@@ -22,8 +23,29 @@ class _Driver:
         """Whether this is the machine's device."""
         return True
 
+    @staticmethod
+    def get_current_target() -> types.SimpleNamespace:
+        """What would be compiled for."""
+        return types.SimpleNamespace(backend="cpu")
 
-triton.backends.backends["cpu"] = types.SimpleNamespace(driver=_Driver)
+
+class _Compiler:
+    """A name in the keys of `torch.compile`'s caches."""
+
+    def __init__(self, target: object) -> None:
+        pass
+
+    @staticmethod
+    def supports_target(target: types.SimpleNamespace) -> bool:
+        """Whether it compiles for that."""
+        return bool(target.backend == "cpu")
+
+    def hash(self) -> str:
+        """Its version."""
+        return "interpreter"
+
+
+triton.backends.backends["cpu"] = types.SimpleNamespace(driver=_Driver, compiler=_Compiler)
 
 # The interpreter refuses masks of integers, which Triton's compilers take.
 _masked_load = triton.runtime.interpreter.InterpreterBuilder.create_masked_load
