@@ -88,12 +88,13 @@ def test_slots_come_back_and_leave_nothing_behind() -> None:
         Slots((0,), 2, 1, 4, torch.float32, "cpu").fill(["z"], one, one, one, lambda spec: planned(1.0, 5))
 
 
-def test_engines_that_were_not_tested_are_named() -> None:
+def test_engines_that_were_not_tested_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def config(**given: Any) -> Any:
         parallel = SimpleNamespace(
             pipeline_parallel_size=given.pop("stages", 1),
             data_parallel_size=given.pop("replicas", 1),
             use_ubatching=given.pop("overlap", False),
+            distributed_executor_backend=given.pop("backend", "mp"),
         )
         plain = {"kv_transfer_config": None, "speculative_config": None, "cache_config": SimpleNamespace()}
         plain |= {"additional_config": {}, "use_v2_model_runner": True}
@@ -108,6 +109,13 @@ def test_engines_that_were_not_tested_are_named() -> None:
     drafts = SimpleNamespace(method="draft_model")
     assert untested(config(speculative_config=drafts)) is None
     assert untested(config(speculative_config=SimpleNamespace(method="eagle"))) == "speculative decoding by eagle"
+    synthetic = SimpleNamespace(method="ngram", rejection_sample_method="synthetic")  # whatever the target says
+    assert untested(config(speculative_config=synthetic)) == "drafts accepted by the synthetic method"
+    assert untested(config(speculative_config=SimpleNamespace(method=None))) == "speculative decoding by None"
+    assert untested(config(speculative_config=drafts, stages=2)) == "speculative decoding in a pipeline"
+    assert untested(config(backend="ray")) is None
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    assert untested(config(backend="ray")) == "vLLM's first Ray executor"
     assert untested(config(stages=2)) is None
     assert "first runner" in str(untested(config(stages=2, use_v2_model_runner=False)))
     collect = What((1,)).options()["additional_config"]

@@ -182,8 +182,6 @@ def _in_vllm(
 ) -> VectorBank:  # fmt: skip
     """A bank whose prompts vLLM read: first by engines that read, then by one that steers, for the dose."""
     options.need_vllm()
-    from vllm.engine.arg_utils import EngineArgs
-
     from safesteer import calibration
     from safesteer.engines import vllm as plugin
     from safesteer.engines.vllm_fit import InVllm, Steered, replicas, what_to_read
@@ -193,7 +191,10 @@ def _in_vllm(
     with working(f"Reading {model}") as say:
         files = model_files(model, revision, trust_remote_code, say)
         ours = dict.fromkeys(plugin.OURS, "safesteer fit sets it")
-        engine_options = plugin.chosen_options(EngineArgs, given, ours, "safesteer fit")
+        with plugin.starting():
+            from vllm.engine.arg_utils import EngineArgs
+
+            engine_options = plugin.chosen_options(EngineArgs, given, ours, "safesteer fit")
         engine_options["trust_remote_code"] = trust_remote_code
     with ExitStack() as stack:
         readers = stack.enter_context(ExitStack())

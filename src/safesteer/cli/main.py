@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,10 +71,16 @@ def _root(
     pass
 
 
+def _terminated(number: int, _frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command line: user errors end in one sentence and status 1, Ctrl-C in status 130, SIGTERM in 143, all tidied up."""
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, _terminated)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

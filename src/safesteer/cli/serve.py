@@ -26,6 +26,7 @@ def _vllm(
 ) -> Engine:  # fmt: skip
     """vLLM with the bank's model."""
     options.need_vllm()
+    from safesteer.engines.vllm import starting
     from safesteer.models.files import model_files
     from safesteer.server.on_vllm import VllmEngine, arguments
 
@@ -33,7 +34,8 @@ def _vllm(
         files = model_files(model, revision, trust_remote_code, say)
         bank.check(files.fingerprint(bank.model.weights), force)
     with working("Starting vLLM, and testing that steering reaches the model"):
-        chosen = arguments(path, files.folder, given, trust_remote_code)
+        with starting():  # vLLM is imported
+            chosen = arguments(path, files.folder, given, trust_remote_code)
         return VllmEngine(chosen, bank, files.tokenizer, set(files.stop_ids), most_waiting=most_waiting)
 
 

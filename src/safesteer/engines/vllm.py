@@ -223,7 +223,9 @@ def _stop(number: int, frame: Any) -> None:
 def starting() -> Iterator[None]:
     """Around the start of an engine: what vLLM raises becomes a `SteeringError` of one sentence, and Ctrl-C ends it."""
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, _stop) if main else None
+    ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, _stop)
     try:
         yield
     except _StopError:
@@ -236,8 +238,8 @@ def starting() -> Iterator[None]:
             f"vLLM did not start ({reason or type(error).__name__}); its log above says more"
         ) from error
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def no_plugin(error: Exception) -> SteeringError:
@@ -257,10 +259,11 @@ def reading_of(bank: VectorBank, shares: Sequence[dict[str, Any] | None]) -> Rea
     """The reading of a prompt from what each worker has of it (`safesteer_readings`).
 
     Stages of a pipeline have the sums over their own layers; tensor-parallel workers have the same. Raises `SteeringError` where
-    a layer is not among them, or a number is not finite.
+    a layer is not among them, they do not speak of the same tokens, or a number is not finite.
     """
     parts = {tuple(one["slots"]): one for one in shares if one is not None}
-    if bank.gate is None or sorted(slot for slots in parts for slot in slots) != list(range(len(bank.gate.layers))):
+    whole = bank.gate is not None and sorted(sum(parts, ())) == list(range(len(bank.gate.layers)))
+    if bank.gate is None or not whole or len({(one["first"], len(one["scores"])) for one in parts.values()}) != 1:
         raise SteeringError("a prompt was not read, so it is not known whether to steer it")
     ends, scores = (
         torch.stack([torch.tensor(one[name]) for one in parts.values()]).sum(dim=0) for name in ("sums", "scores")

@@ -15,7 +15,7 @@ is sent again is another shard, and the driver (`safesteer.engines.vllm_fit`) ta
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -24,7 +24,7 @@ import torch
 
 from safesteer import __version__
 from safesteer.engines.vllm import NAME, spec_of
-from safesteer.engines.vllm_worker import Pass, tap
+from safesteer.engines.vllm_worker import Pass, all_here, tap
 from safesteer.errors import SteeringError
 from safesteer.models.layout import SITES, Site, find_layout
 from safesteer.vectors.gate import TAIL, centre, strongest
@@ -134,10 +134,13 @@ class _Shard:
 class Collector:
     """A model that is read and not steered: what `vllm_seams` tells of each pass, as to an `Armed` one."""
 
-    def __init__(self, model: Any, what: What, *, runner: int, tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Any, what: What, *, runner: int, tokens: int, dtype: torch.dtype, held: Collection[int]
+    ) -> None:
         layout = find_layout(model)
         if max(*what.layers, *what.gate_layers, 0) >= layout.depth:
             raise SteeringError(f"the model has {layout.depth} blocks, fewer than are to be read")
+        all_here(layout, held, {*what.layers, *what.gate_layers})
         self.what, self.runner = what, runner
         self._width, self._device = layout.width, next(layout.blocks[0].parameters()).device
         residual = sorted({*what.layers, *what.gate_layers})

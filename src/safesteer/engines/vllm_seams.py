@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -181,14 +182,16 @@ def _loading(runner: int) -> Callable[[Any], Any]:
             if specs is not None or what is not None:
                 refuse_untested(self.vllm_config)
             result = original(self, *arguments, **keywords)
-            sizes: dict[str, Any] = {"runner": runner, "tokens": int(self.max_num_tokens), "dtype": self.dtype}
+            stage = range(*self.model_config.get_layers_start_end_indices(self.vllm_config.parallel_config))
+            about: dict[str, Any] = {"runner": runner, "tokens": int(self.max_num_tokens), "dtype": self.dtype}
+            about["held"] = stage
             if _armed(self) is not None:
                 return result
             if specs is not None:
-                armed = Armed(self.model, specs, requests=int(self.max_num_reqs), **sizes)
+                armed = Armed(self.model, specs, requests=int(self.max_num_reqs), **about)
                 setattr(self, _MARK + "_armed", armed)
             elif what is not None:
-                setattr(self, _MARK + "_armed", Collector(self.model, what, **sizes))
+                setattr(self, _MARK + "_armed", Collector(self.model, what, **about))
             return result
 
         return load_model
@@ -217,13 +220,18 @@ def untested(config: Any) -> str | None:
     """The first option of a vLLM configuration under which tokens may not be where they are looked for, or blocks not keyed."""
     parallel, transfer = config.parallel_config, config.kv_transfer_config
     connector = getattr(transfer, "kv_connector", None)
-    speculative = getattr(config.speculative_config, "method", None)
+    drafts = config.speculative_config
+    method, verified = getattr(drafts, "method", None), getattr(drafts, "rejection_sample_method", "standard")
     fits, stages = what_of(config) is not None, parallel.pipeline_parallel_size > 1
+    ray = getattr(parallel, "distributed_executor_backend", None) == "ray"
     checks = {
-        f"speculative decoding by {speculative}": speculative is not None and speculative not in SPECULATIVE,
-        "speculative decoding in a fit": speculative is not None and fits,
+        f"speculative decoding by {method}": drafts is not None and method not in SPECULATIVE,
+        f"drafts accepted by the {verified} method": drafts is not None and verified != "standard",
+        "speculative decoding in a fit": drafts is not None and fits,
+        "speculative decoding in a pipeline": drafts is not None and stages,
         "pipeline parallelism under vLLM's first runner": stages and not getattr(config, "use_v2_model_runner", False),
         "pipeline parallelism in a fit": stages and fits,
+        "vLLM's first Ray executor": ray and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "0",
         "data parallelism": getattr(parallel, "data_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "dual batch overlap": getattr(parallel, "use_ubatching", False),

@@ -11,7 +11,7 @@ of the blocks (a pipeline's stage) steers and reads those; what it gives of a re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from safesteer.engines.slots import Slots
 from safesteer.engines.vllm import READ, Specs, read_spec, spec_of
 from safesteer.errors import SteeringError
-from safesteer.models.layout import find_layout, hidden_of, with_hidden
+from safesteer.models.layout import ModelLayout, find_layout, hidden_of, with_hidden
 from safesteer.policy import Plan
 from safesteer.vectors import VectorBank
 from safesteer.vectors.gate import TAIL, centre
@@ -63,7 +63,10 @@ class _Watch:
 
 
 class Armed:
-    """A model whose blocks steer and read. Raises `SteeringError` where the bank does not fit it."""
+    """A model whose blocks steer and read. Raises `SteeringError` where the bank does not fit it.
+
+    `held`: the blocks that are here, where the others are in other stages of a pipeline.
+    """
 
     def __init__(
         self,
@@ -74,12 +77,14 @@ class Armed:
         requests: int,
         tokens: int,
         dtype: torch.dtype,
+        held: Collection[int],
     ) -> None:
         self.specs, self.runner = specs, runner
         self.steered = 0
         bank = specs.bank
         layout = find_layout(model)
         _fits(bank, layout.width, layout.depth)
+        all_here(layout, held, {*specs.layers, *specs.reads})
         device = next(layout.blocks[layout.here[0]].parameters()).device
         layers = [layer for layer in specs.layers if layer in layout.here]
         self.slots = Slots(
@@ -181,6 +186,13 @@ def _fits(bank: VectorBank, width: int, depth: int) -> None:
         raise SteeringError(
             f"the bank needs block {max(bank.layers)}, {bank.model.width} wide; this model has {depth}, {width} wide"
         )
+
+
+def all_here(layout: ModelLayout, held: Collection[int], needed: Collection[int]) -> None:
+    """Raise `SteeringError` where a block that is needed and should be here is not, or the other way round."""
+    for layer in sorted(needed):
+        if (layer in layout.here) != (layer in held):
+            raise SteeringError(f"block {layer} is not in the stage of the pipeline where vLLM says it is")
 
 
 def _patch(module: torch.nn.Module, table: torch.Tensor, index: torch.Tensor) -> None:

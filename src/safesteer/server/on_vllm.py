@@ -73,12 +73,13 @@ class VllmEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="safesteer-vllm", daemon=True)
         self._thread.start()
         self._llm: Any = None
+        others = set(multiprocessing.active_children())
         try:
             with plugin.starting():
                 self._wait(self._start(arguments))
-        except BaseException:
-            if self._llm is None:  # interrupted: the loop waits for a process that loads a model
-                for process in multiprocessing.active_children():
+        except BaseException as error:
+            if not isinstance(error, Exception):  # interrupted: the loop may wait for a process that loads a model
+                for process in set(multiprocessing.active_children()) - others:
                     process.kill()
             self.close()
             raise
@@ -250,5 +251,5 @@ class VllmEngine:
                 if problem is not None:
                     raise SteeringError(f"the gate could not be read ({type(problem).__name__})")
                 future.set_result(plugin.reading_of(self.bank, shares))
-            except SteeringError as error:
+            except Exception as error:  # whatever it is, the others are not to wait
                 future.set_exception(error)
