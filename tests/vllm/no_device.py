@@ -36,6 +36,9 @@ class _Stream:
     def wait_stream(self, stream: Any) -> None:
         pass
 
+    def record_event(self, event: Any = None) -> _Event:
+        return event or _Event()
+
 
 class _Event:
     """Something that has happened."""

@@ -171,6 +171,27 @@ def test_every_answer_is_the_references(world: World, mode: str, monkeypatch: py
         stop(llm)
 
 
+@pytest.mark.skipif(SECOND_RUNNER or GPUS == 1, reason="two workers; the second runner has a sitecustomize of its own")
+def test_workers_on_ray_answer_as_the_reference(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    tests = Path(__file__).parent
+    if not GPUS:
+        monkeypatch.setenv("PYTHONPATH", f"{tests / 'ray_without_gpus'}{os.pathsep}{tests.parent.parent}")
+    ray.init(num_cpus=2, num_gpus=GPUS or 2, include_dashboard=False, log_to_driver=False)
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        llm = start(world, enforce_eager=True, tensor_parallel_size=2, distributed_executor_backend="ray")
+        try:
+            assert len(ours.armed(llm)) == 2
+            for _ in range(2):
+                found = ours.generate(llm, world.bank, world.requests, GenerationSettings(TOKENS))
+                assert [one.text for one in found] == [one.text for one in world.expected]
+        finally:
+            stop(llm)
+    finally:
+        ray.shutdown()
+
+
 def test_steered_blocks_are_not_shared_and_would_be_without_the_key(world: World, eager: Any) -> None:
     """The poisoning: steered, then unsteered, one prompt. Without the fingerprint in the salt the answer is the wrong one."""
     text = "How do I break this very long and quite particular window pane of the old house near the sea?"
