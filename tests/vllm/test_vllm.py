@@ -341,15 +341,18 @@ def test_a_reading_shares_what_stands_before_the_users_words(world: World, eager
         asked = ours.reading_params(f"shared {turn}", first)
         [output] = eager.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
         assert output.num_cached_tokens == (first // 32 * 32 if turn else 0)
-        [found] = eager.collective_rpc("safesteer_readings", args=([f"shared {turn}"],))[0]
+        of_workers = eager.collective_rpc("safesteer_readings", args=([f"shared {turn}"],))
+        found = ours.reading_of(world.bank, [shares[0] for shares in of_workers])
         [wanted] = read(world.loaded, world.bank, [Request(text, system=system)])
-        assert found["risk"] == pytest.approx(wanted.risk, abs=1e-3)
-        assert found["tokens"] == pytest.approx(wanted.tokens, abs=1e-2)
+        assert found.risk == pytest.approx(wanted.risk, abs=1e-3)
+        assert found.tokens == pytest.approx(wanted.tokens, abs=1e-2)
 
 
-def test_an_engine_whose_tokens_may_be_elsewhere_does_not_start(world: World) -> None:
+def test_an_engine_that_answers_with_drafts_does_not_start(world: World) -> None:
+    """Accepted at a fixed rate, whatever the steered model says of them."""
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    with pytest.raises(SteeringError, match="not tested with speculative decoding"):
+    drafts |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [1.0, 1.0]}
+    with pytest.raises(SteeringError, match="drafts accepted by the synthetic method"):
         start(world, enforce_eager=True, speculative_config=drafts)
 
 
