@@ -7,19 +7,25 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from safesteer.engines.vllm import reading_of, starting
+from safesteer.engines.vllm import options, reading_of, starting
+from safesteer.engines.vllm_collect import What
+from safesteer.engines.vllm_seams import _configuring
 from safesteer.engines.vllm_worker import all_here
 from safesteer.errors import SteeringError
 from safesteer.models.layout import find_layout
 from safesteer.vectors import VectorBank
 from tests.test_explain_attribution import gated
 from tests.tiny import make
+
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 @pytest.fixture
@@ -125,3 +131,29 @@ cli.main()
         command.send_signal(signal.SIGTERM)
         assert command.stdout.read() == "tidied\n"
         assert command.wait(30) == 143
+
+
+def test_an_engine_with_a_bank_spawns_its_processes(
+    bank: VectorBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork of a process that computed with torch hangs: the threads of its OpenMP are not there."""
+    bank.save(tmp_path / "bank.safetensors")
+    plain = SimpleNamespace(
+        additional_config={},
+        kv_transfer_config=None,
+        speculative_config=None,
+        cache_config=SimpleNamespace(),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
+    for given, told, wanted in (
+        (options(tmp_path / "bank.safetensors"), None, "spawn"),
+        (What((1,)).options(), None, "spawn"),
+        (options(tmp_path / "bank.safetensors"), "fork", "fork"),  # who says so knows why
+        ({"additional_config": {}}, None, None),
+    ):
+        monkeypatch.delenv(METHOD, raising=False)
+        if told is not None:
+            monkeypatch.setenv(METHOD, told)
+        config = SimpleNamespace(**{**vars(plain), **given})
+        assert _configuring(lambda engine, config=config: config)(None) is config  # type: ignore[misc]
+        assert os.environ.get(METHOD) == wanted

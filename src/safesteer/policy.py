@@ -31,6 +31,7 @@ GateMode = Literal["auto", "always"]
 ActsOn = Literal["directions", "neurons", "both"]
 
 MOST_LAYERS = 10_000  # no model has as many; a typing error should not fill the memory
+ROUNDING = 1e-5  # relative
 
 # kinds of token, as in safesteer.engines.steering: 1 prompt, 2 last prompt token, 3 generated
 KINDS_OF: dict[Tokens, tuple[int, ...]] = {
@@ -315,7 +316,7 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
         if steps:
             found.append((strength, kinds, steps))
     layers = sorted({layer for _, _, steps in found for layer in steps})
-    deltas, caps = _composed(found, layers)
+    deltas, caps = composed(*_stacked(found, layers)) if found else (torch.zeros(4, 0, 0), torch.ones(4, 0))
     for index, one in enumerate(acting):
         if one.site == "neurons":
             continue
@@ -325,25 +326,30 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
     return Plan(policy.name, tuple(acting), dict(zip(layers, deltas.unbind(1), strict=True)), reading, together)
 
 
-def _composed(
+def _stacked(
     found: Sequence[tuple[float, list[int], dict[int, torch.Tensor]]], layers: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of strength x step of every category, `[4, layers, width]`, no longer than the longest of them; and the caps
-    `[4, layers]` by which it was cut."""
-    if not found:
-        return torch.zeros(4, 0, 0), torch.ones(4, 0)
-    sums = torch.zeros(4, len(layers), next(iter(found[0][2].values())).shape[0])
-    longest = torch.zeros(4, len(layers))
-    for strength, kinds, steps in found:
-        moved = strength * torch.stack(list(steps.values()))
-        where = [layers.index(layer) for layer in steps]
-        lengths = moved.norm(dim=1)
-        for kind in kinds:
-            sums[kind, where] += moved
-            longest[kind, where] = torch.maximum(longest[kind, where], lengths)
-    norms = sums.norm(dim=2)
-    caps = torch.where(norms > longest, longest / norms, 1.0)
-    return sums * caps.unsqueeze(2), caps
+    """The rates `[4, categories]` and steps `[categories, layers, width]` of strengths, kinds of token, and steps by layer."""
+    rates = torch.zeros(4, len(found))
+    steps = torch.zeros(len(found), len(layers), next(iter(found[0][2].values())).shape[0])
+    for place, (strength, kinds, own) in enumerate(found):
+        rates[kinds, place] = strength
+        steps[place, [layers.index(layer) for layer in own]] = torch.stack(list(own.values()))
+    return rates, steps
+
+
+def composed(rates: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Deltas: cap_l x sum over c of rate_c x step_{c, l}, no longer than the longest of its members.
+
+    `rates` `[..., categories]` and `steps` `[categories, layers, width]` give deltas `[..., layers, width]` and caps
+    `[..., layers]`, on the device where those are.
+    """
+    sums = (rates @ steps.flatten(1)).reshape(*rates.shape[:-1], *steps.shape[1:])
+    longest = (rates.abs().unsqueeze(-1) * steps.norm(dim=2)).amax(dim=-2)
+    norms = sums.norm(dim=-1)
+    # A single member is as long as itself, but for rounding.
+    caps = torch.where(norms > (1 + ROUNDING) * longest, longest / norms, 1.0)
+    return sums * caps.unsqueeze(-1), caps
 
 
 def _together(pulls: Sequence[Pull]) -> Pull:

@@ -9,38 +9,28 @@ move, so that compiled graphs read what is written later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from safesteer.engines.steering import GENERATED, LAST, PROMPT
 from safesteer.errors import SteeringError
-from safesteer.policy import Plan
 
 ROWS = 3  # kinds of token that can be steered
+TOGETHER = 16  # new specs whose rows are made at once: of a 70B model, 40 MB in fp32
 
 
 class Slots:
-    """Tables `[layers, 1 + 3 slots, width]`, one a layer, and the index `[tokens]` into them.
-
-    `elsewhere`: layers that other workers steer.
-    """
+    """Tables `[layers, 1 + 3 slots, width]`, one a layer, and the index `[tokens]` into them."""
 
     def __init__(
-        self,
-        layers: Sequence[int],
-        width: int,
-        slots: int,
-        tokens: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        elsewhere: Collection[int] = (),
+        self, layers: Sequence[int], width: int, slots: int, tokens: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.tables = torch.zeros(len(layers), 1 + ROWS * slots, width, dtype=dtype, device=device)
         self._layers = {layer: place for place, layer in enumerate(layers)}
         self.index = torch.zeros(tokens, dtype=torch.long, device=device)
-        self._tokens, self._elsewhere = tokens, frozenset(elsewhere)
+        self._tokens = tokens
         self._free = list(range(slots))[::-1]
         self._held: dict[str, int] = {}  # spec -> slot, oldest first
 
@@ -54,16 +44,16 @@ class Slots:
         counts: np.ndarray,
         computed: np.ndarray,
         prompts: np.ndarray,
-        plan_of: Callable[[str], Plan],
+        rows_of: Callable[[Sequence[str]], torch.Tensor],
     ) -> None:
         """Before a pass: the flat tokens are `counts[i]` of a request, from its position `computed[i]` on.
 
-        `specs`: what each request asks for; None: nothing. `prompts`: tokens of each prompt. `plan_of` is asked for a spec that
-        has no slot.
+        `specs`: what each request asks for; None: nothing. `prompts`: tokens of each prompt. `rows_of` is asked for the rows
+        `[specs, layers, 3, width]` of those that have no slot, at most `TOGETHER` at a time.
         """
-        for spec in specs:
-            if spec is not None and spec not in self._held:
-                self._held[spec] = self._take(plan_of(spec), specs)
+        new = list(dict.fromkeys(spec for spec in specs if spec is not None and spec not in self._held))
+        for first in range(0, len(new), TOGETHER):
+            self._take(new[first : first + TOGETHER], specs, rows_of)
         # New memory in each pass: an engine that schedules ahead fills the next one while this one is still being copied.
         fresh = torch.zeros(self._tokens, dtype=torch.long, pin_memory=self.index.is_cuda)
         rows = np.array([-1 if spec is None else ROWS * self._held[spec] for spec in specs], dtype=np.int64)
@@ -76,23 +66,21 @@ class Slots:
             fresh.numpy()[: len(each)] = np.where(each < 0, 0, each + kinds)
         self.index.copy_(fresh, non_blocking=True)
 
-    def _take(self, plan: Plan, present: Collection[str | None]) -> int:
-        absent = [layer for layer in plan.deltas if layer not in self._layers and layer not in self._elsewhere]
-        if absent or plan.pulls:
-            raise SteeringError(f"blocks {absent} cannot be steered here" if absent else "neurons cannot be held here")
-        if not self._free:
-            here = set(present)
-            gone = next((spec for spec in self._held if spec not in here), None)
-            if gone is None:
-                raise SteeringError("there are more steered requests in the batch than slots")
-            self._free.append(self._held.pop(gone))
-        slot = self._free.pop()
-        self._write(slot, {layer: delta for layer, delta in plan.deltas.items() if layer in self._layers})
-        return slot
+    def _take(
+        self, new: Sequence[str], present: Sequence[str | None], rows_of: Callable[[Sequence[str]], torch.Tensor]
+    ) -> None:
+        rows, here = rows_of(new).to(self.tables.dtype), {*present}
+        idle = [spec for spec in self._held if spec not in here]
+        if len(self._free) + len(idle) < len(new):
+            raise SteeringError("there are more steered requests in the batch than slots")
+        gone = idle[: max(0, len(new) - len(self._free))]
+        self._free += [self._held.pop(spec) for spec in gone]
+        slots = [self._free.pop() for _ in new]
+        self._held.update(zip(new, slots, strict=True))
+        where = torch.tensor([1 + ROWS * slot + kind for slot in slots for kind in range(ROWS)])
+        self.tables.index_copy_(1, sent(where, self.tables.device), rows.transpose(0, 1).flatten(1, 2))
 
-    def _write(self, slot: int, deltas: Mapping[int, torch.Tensor]) -> None:
-        rows = torch.zeros(len(self._layers), ROWS, self.tables.shape[2])
-        places = [self._layers[layer] for layer in deltas]
-        if places:
-            rows[places] = torch.stack([delta[1 : 1 + ROWS] for delta in deltas.values()])
-        self.tables[:, 1 + ROWS * slot : 1 + ROWS * (slot + 1)] = rows.to(self.tables)
+
+def sent(some: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU's on another device, without waiting for what is under way there."""
+    return some.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else some.to(device)

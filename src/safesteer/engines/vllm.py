@@ -29,14 +29,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from safesteer import __version__
 from safesteer.engines.generation import GenerationSettings, Request, Response
+from safesteer.engines.steering import KINDS
 from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import encode
 from safesteer.models.chat import turn_markers, turn_start
-from safesteer.policy import Plan, Policy, plan
+from safesteer.policy import KINDS_OF, Plan, Policy, plan
 from safesteer.vectors import Reading, VectorBank
 
 NAME = "safesteer"
@@ -45,8 +47,7 @@ CPU_MEMORY = 0.3  # share of the memory
 # Arguments of an engine that a command of ours sets itself.
 OURS = ("model", "tokenizer", "additional_config", "revision", "trust_remote_code", "skip_tokenizer_init")
 LONGEST = 16_384  # characters of a spec
-PLANS = 64  # plans that a process keeps for specs that come again
-POLICIES = 1024
+POLICIES = 1024  # that a process keeps for specs that come again
 TOGETHER = 512  # prompts that are read before their readings are fetched; a worker keeps 1024
 
 
@@ -88,14 +89,14 @@ def request_args(policy: Policy, bank: VectorBank) -> dict[str, Any]:
 
 
 class Specs:
-    """Specs against a bank: from a policy to a string, and from that to a plan, in one way everywhere."""
+    """Specs against a bank: from a policy to a string, and from that to what acts, in one way everywhere."""
 
     def __init__(self, bank: VectorBank) -> None:
         self.bank, self.digest = bank, bank.digest()
         self.layers = bank.acting
+        self._places = {name: place for place, name in enumerate(bank.categories)}
         self.reads = () if bank.gate is None else bank.gate.layers
         self._policies = lru_cache(POLICIES)(self._parse)
-        self._plans = lru_cache(PLANS)(lambda spec: plan(self._policies(spec), bank))
 
     def args(self, policy: Policy) -> dict[str, Any]:
         """See `request_args`; the digest of the bank is not made anew for each request."""
@@ -112,9 +113,22 @@ class Specs:
         }
         return {NAME: json.dumps({"bank": self.digest, "categories": categories}, sort_keys=True)} if categories else {}
 
-    def plan(self, spec: Any) -> Plan:
-        """What a spec does. Raises as `policy`."""
-        return self._plans(_text(spec))
+    def rates(self, specs: Sequence[Any]) -> torch.Tensor:
+        """`[specs, 3, categories]`: each category's strength at tokens of each kind that can be steered. Raises as `policy`."""
+        rates = np.zeros((len(specs), KINDS, len(self.bank.categories)), dtype=np.float32)
+        for row, spec in zip(rates, specs, strict=True):
+            for name, how in self.policy(spec).categories.items():
+                row[KINDS_OF[how.tokens], self._places[name]] = how.strength
+        return torch.from_numpy(rates)[:, 1:].contiguous()
+
+    def steps(self, layers: Sequence[int]) -> torch.Tensor:
+        """fp32 `[categories, layers, width]`: what strength 1 adds, at those of the layers where a category acts."""
+        steps = torch.zeros(len(self.bank.categories), len(layers), self.bank.model.width)
+        for row, name in enumerate(self.bank.categories):
+            for layer, step in self.bank.steps(name).items():
+                if layer in layers:
+                    steps[row, layers.index(layer)] = step
+        return steps
 
     def policy(self, spec: Any) -> Policy:
         """The policy of a spec, resolved. Raises `SafeSteerError` with a sentence for the client."""

@@ -2,7 +2,8 @@
 
 In every process where vLLM loads general plugins:
 
-    EngineArgs.create_engine_config     an engine that was not tested, or whose bank is not the one meant, does not start
+    EngineArgs.create_engine_config     an engine that was not tested, or whose bank is not the one meant, does not start;
+                                        processes are spawned
     runner.load_model                   the same in a worker, whoever configured it; the model is armed (`vllm_worker`)
     V1  GPUModelRunner._prepare_inputs  tells the pass to the armed model: after the batch is put together, before it runs
     V2  GPUModelRunner.prepare_inputs   the same; `add_requests` and `_remove_request` keep the sampling parameters at hand,
@@ -204,6 +205,9 @@ def _configuring(original: Any) -> Any:
         config = original(self, *arguments, **keywords)
         if specs_of(config) is not None or what_of(config) is not None:
             refuse_untested(config)
+            # Whoever holds a bank has computed with torch: in a fork the threads of its OpenMP are missing, and the engine would
+            # hang at its first larger operation. vLLM's own commands, and its CPU build, spawn as well.
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         return config
 
     return create_engine_config

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from safesteer.engines.slots import Slots
+from safesteer.engines.slots import Slots, sent
 from safesteer.engines.vllm import READ, Specs, read_spec, spec_of
 from safesteer.errors import SteeringError
 from safesteer.models.layout import ModelLayout, find_layout, hidden_of, with_hidden
-from safesteer.policy import Plan
+from safesteer.policy import composed
 from safesteer.vectors import VectorBank
 from safesteer.vectors.gate import TAIL, centre
 
@@ -87,9 +87,10 @@ class Armed:
         all_here(layout, held, {*specs.layers, *specs.reads})
         device = next(layout.blocks[layout.here[0]].parameters()).device
         layers = [layer for layer in specs.layers if layer in layout.here]
-        self.slots = Slots(
-            layers, layout.width, requests, tokens, dtype, device, elsewhere=set(specs.layers) - set(layers)
-        )
+        self.slots = Slots(layers, layout.width, requests, tokens, dtype, device)
+        self._steps = specs.steps(layers).to(device)
+        # Buffers of the model, so that they are there again when an engine wakes from sleep.
+        layout.blocks[layout.here[0]].register_buffer("safesteer_steps", self._steps, persistent=False)
         for layer in layers:
             _patch(layout.module(bank.site, layer), self.slots.table(layer), self.slots.index)
         self.layers = layers
@@ -105,7 +106,6 @@ class Armed:
             blocks = [layout.blocks[specs.reads[slot]] for slot in self._reads]
             for block, states in zip(blocks, self._states, strict=True):
                 tap(block, states)
-            # Buffers of the model, so that they are there again when an engine wakes from sleep.
             blocks[0].register_buffer("safesteer_centres", self._centres, persistent=False)
             blocks[0].register_buffer("safesteer_weights", self._weights, persistent=False)
 
@@ -113,7 +113,7 @@ class Armed:
         """Before a pass."""
         self._collect()
         params = [now.params(name) for name in now.requests]
-        self.slots.fill([spec_of(one) for one in params], now.counts, now.computed, now.prompts, self._plan)
+        self.slots.fill([spec_of(one) for one in params], now.counts, now.computed, now.prompts, self._rows)
         if not self._reads:
             return
         start = 0
@@ -154,9 +154,11 @@ class Armed:
         sums, passage = self._gate.share(list(zip(endings.cpu(), scores.cpu(), strict=True)), self._reads)
         return {"slots": self._reads, "sums": sums.tolist(), "scores": passage.tolist(), "first": first}
 
-    def _plan(self, spec: str) -> Plan:
-        self.steered += 1
-        return self.specs.plan(spec)
+    def _rows(self, specs: Sequence[str]) -> torch.Tensor:
+        """What each spec adds to tokens of each kind, `[specs, layers, 3, width]`, put together where the tables are."""
+        self.steered += len(specs)
+        rates = sent(self.specs.rates(specs), self._steps.device)
+        return composed(rates, self._steps)[0].transpose(1, 2)
 
     def _collect(self) -> None:
         """Take from the latest pass what the gate reads."""

@@ -79,8 +79,11 @@ class VllmEngine:
                 self._wait(self._start(arguments))
         except BaseException as error:
             if not isinstance(error, Exception):  # interrupted: the loop may wait for a process that loads a model
-                for process in set(multiprocessing.active_children()) - others:
-                    process.kill()
+                free = threading.Event()
+                self._loop.call_soon_threadsafe(free.set)
+                while not free.wait(0.1):  # more than once: one may be just about to be among them
+                    for process in set(multiprocessing.active_children()) - others:
+                        process.kill()
             self.close()
             raise
 
