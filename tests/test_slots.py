@@ -78,6 +78,14 @@ def test_slots_come_back_and_leave_nothing_behind() -> None:
         slots.fill(["x", "y"], np.array([1, 1]), np.array([0, 0]), np.array([1, 1]), lambda specs: rows([1.0, 2.0]))
 
 
+def test_layers_of_other_workers_are_left_to_them(llama: LoadedModel) -> None:
+    bank = bank_for(llama, layers=(0, 1, 2))
+    specs = Specs(bank)
+    rates = specs.rates([specs.args(Policy.of({"breaking": 1.0, "lying": 2.0}))[NAME]])
+    whole, here = (composed(rates, specs.steps(layers))[0] for layers in ((0, 1, 2), (2,)))
+    torch.testing.assert_close(here, whole[:, :, 2:])
+
+
 def test_a_worker_without_acting_blocks_fills_nothing(llama: LoadedModel) -> None:
     """A stage of a pipeline."""
     bank = bank_for(llama)

@@ -155,5 +155,5 @@ def test_an_engine_with_a_bank_spawns_its_processes(
         if told is not None:
             monkeypatch.setenv(METHOD, told)
         config = SimpleNamespace(**{**vars(plain), **given})
-        assert _configuring(lambda engine, config=config: config)(None) is config  # type: ignore[misc]
+        assert _configuring(lambda engine, config=config: config)(None) is config
         assert os.environ.get(METHOD) == wanted

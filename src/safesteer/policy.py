@@ -316,7 +316,12 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
         if steps:
             found.append((strength, kinds, steps))
     layers = sorted({layer for _, _, steps in found for layer in steps})
-    deltas, caps = composed(*_stacked(found, layers)) if found else (torch.zeros(4, 0, 0), torch.ones(4, 0))
+    deltas, caps = torch.zeros(4, 0, 0), torch.ones(4, 0)
+    if found:
+        rates = torch.zeros(4, len(found))
+        for place, (strength, kinds, _) in enumerate(found):
+            rates[kinds, place] = strength
+        deltas, caps = composed(rates, stacked([own for *_, own in found], layers, bank.model.width))
     for index, one in enumerate(acting):
         if one.site == "neurons":
             continue
@@ -326,16 +331,14 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
     return Plan(policy.name, tuple(acting), dict(zip(layers, deltas.unbind(1), strict=True)), reading, together)
 
 
-def _stacked(
-    found: Sequence[tuple[float, list[int], dict[int, torch.Tensor]]], layers: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rates `[4, categories]` and steps `[categories, layers, width]` of strengths, kinds of token, and steps by layer."""
-    rates = torch.zeros(4, len(found))
-    steps = torch.zeros(len(found), len(layers), next(iter(found[0][2].values())).shape[0])
-    for place, (strength, kinds, own) in enumerate(found):
-        rates[kinds, place] = strength
-        steps[place, [layers.index(layer) for layer in own]] = torch.stack(list(own.values()))
-    return rates, steps
+def stacked(steps: Sequence[Mapping[int, torch.Tensor]], layers: Sequence[int], width: int) -> torch.Tensor:
+    """The steps of each category at `layers`, fp32 `[categories, layers, width]`; zero where a category does not act."""
+    together = torch.zeros(len(steps), len(layers), width)
+    for row, own in zip(together, steps, strict=True):
+        for place, layer in enumerate(layers):
+            if layer in own:
+                row[place] = own[layer]
+    return together
 
 
 def composed(rates: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,7 +38,7 @@ from safesteer.engines.steering import KINDS
 from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import encode
 from safesteer.models.chat import turn_markers, turn_start
-from safesteer.policy import KINDS_OF, Plan, Policy, plan
+from safesteer.policy import KINDS_OF, Plan, Policy, plan, stacked
 from safesteer.vectors import Reading, VectorBank
 
 NAME = "safesteer"
@@ -123,12 +123,7 @@ class Specs:
 
     def steps(self, layers: Sequence[int]) -> torch.Tensor:
         """fp32 `[categories, layers, width]`: what strength 1 adds, at those of the layers where a category acts."""
-        steps = torch.zeros(len(self.bank.categories), len(layers), self.bank.model.width)
-        for row, name in enumerate(self.bank.categories):
-            for layer, step in self.bank.steps(name).items():
-                if layer in layers:
-                    steps[row, layers.index(layer)] = step
-        return steps
+        return stacked([self.bank.steps(name) for name in self.bank.categories], layers, self.bank.model.width)
 
     def policy(self, spec: Any) -> Policy:
         """The policy of a spec, resolved. Raises `SafeSteerError` with a sentence for the client."""

@@ -81,7 +81,7 @@ class VllmEngine:
             if not isinstance(error, Exception):  # interrupted: the loop may wait for a process that loads a model
                 free = threading.Event()
                 self._loop.call_soon_threadsafe(free.set)
-                while not free.wait(0.1):  # more than once: one may be just about to be among them
+                while not free.wait(0.1):  # again and again: one that is just being started is not among them yet
                     for process in set(multiprocessing.active_children()) - others:
                         process.kill()
             self.close()
