@@ -7,6 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from safesteer import taxonomy
 from safesteer.errors import PromptFileError, UnknownCategoryError
@@ -45,6 +48,39 @@ def test_what_ships_is_enough_and_is_split_by_subtopic() -> None:
 )
 def test_names_of_other_data_sets_map_onto_the_taxonomy(name: str, canonical: str) -> None:
     assert taxonomy.canonical_name(name) == canonical
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("仇恨", "仇恨"),
+        ("数据1", "数据1"),
+        ("武器1", "武器1"),
+        ("ＨＡＴＥ　ｓｐｅｅｃｈ", "hate"),
+        ("Ненависть и вражда", "ненависть_и_вражда"),
+        ("Violência doméstica", "violência_doméstica"),
+        ("Viole\u0302ncia", "violência"),
+        ("हिंसा", "हिंसा"),
+        ("كراهية", "كراهية"),
+        ("Straße/STRASSE", "strasse_strasse"),
+        ("Children’s privacy", "childrens_privacy"),
+        ("می\u200cخواهم", "میخواهم"),
+    ],
+)
+def test_a_category_may_be_named_in_any_script(name: str, canonical: str) -> None:
+    assert taxonomy.canonical_name(name) == canonical == taxonomy.canonical_name(canonical)
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_the_name_of_a_category_is_a_name_of_itself(name: str) -> None:
+    try:
+        canonical = taxonomy.canonical_name(name)
+    except UnknownCategoryError:
+        assert not any(character.isalnum() for character in name)
+    else:
+        assert taxonomy.canonical_name(canonical) == canonical
+        assert not set(canonical) & set("/\\ .:%#,=\"'") and canonical.isprintable()
+        assert yaml.safe_load(yaml.safe_dump({canonical: 1}, allow_unicode=True)) == {canonical: 1}
 
 
 def test_an_unknown_category_names_the_nearest() -> None:

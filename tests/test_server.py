@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ import torch
 import uvicorn
 
 from safesteer.engines import GenerationSettings, Request, generate
+from safesteer.engines.vllm import Specs
 from safesteer.errors import PolicyError, SafeSteerError, SteeringError
 from safesteer.models import EncodedPrompt, LoadedModel, encode
 from safesteer.policy import Policy
@@ -370,6 +372,27 @@ def test_an_answer_is_the_librarys_and_says_what_acted(ask: Ask, loaded: LoadedM
     assert asked.json()["choices"][0]["message"] == steered.json()["choices"][0]["message"]
     parts = [{"type": "text", "text": SMASH[:5]}, {"type": "text", "text": SMASH[5:]}]
     assert ask(messages=[{"role": "user", "content": parts}]).json()["choices"] == plain.json()["choices"]
+
+
+def test_categories_in_any_script_are_steered_and_told_apart(
+    ask: Ask, serving: Serving, bank: VectorBank, tmp_path: Path
+) -> None:
+    replace(bank, categories=("数据1", "武器1")).save(tmp_path / "bank.safetensors")
+    (tmp_path / "policy.yaml").write_text(
+        "categories: {数据1: {gate: always}, 武器1: {gate: always, strength: 0.5}}\n", encoding="utf-8"
+    )
+    named = VectorBank.load(tmp_path / "bank.safetensors")
+    policy = Policy.from_yaml(tmp_path / "policy.yaml").resolved(named)
+    specs = Specs(named)
+    assert list(specs.policy(*specs.args(policy).values()).categories) == ["数据1", "武器1"]
+    serving.engine = TransformersEngine(make("llama"), named)
+    serving.authority = Authority(named, policy)
+    response, metrics = ask(), ask(_path="/metrics").text
+    serving.engine.close()
+    assert response.status_code == 200, response.text
+    assert unquote(response.headers[HEADER]) == "数据1=1.00, 武器1=0.50"
+    assert [one["category"] for one in response.json()["steering"]["acting"]] == ["数据1", "武器1"]
+    assert 'category="武器1"' in metrics
 
 
 def test_a_stream_is_the_same_answer(ask: Ask) -> None:

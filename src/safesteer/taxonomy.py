@@ -9,7 +9,7 @@ A user's own category needs no entry here: any other name becomes a category of 
 from __future__ import annotations
 
 import difflib
-import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -148,8 +148,15 @@ CATEGORIES: tuple[Category, ...] = (
 
 
 def normalise(name: str) -> str:
-    """Fold case, punctuation and spaces: `Hate/Harass/Violence` -> `hate harass violence`, `S10` -> `s10`."""
-    return " ".join(re.findall(r"[a-z0-9]+", name.lower().replace("'", "")))
+    """Fold case, punctuation and spaces, in any script: `Hate/Harass/Violence` -> `hate harass violence`, `S10` -> `s10`.
+
+    Letters, digits and the marks on them stay; apostrophes and invisible characters go without parting a word.
+    """
+    kept = []
+    for character in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()):
+        kind = unicodedata.category(character)
+        kept.append(character if kind[0] in "LNM" else "" if kind == "Cf" or character in "'’" else " ")
+    return unicodedata.normalize("NFKC", " ".join("".join(kept).split()))
 
 
 def _build_index() -> dict[str, Category]:

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -358,11 +359,8 @@ async def _first(stream: _Stream, request: Request) -> Event | None:
 
 
 def summary(plan: Plan) -> str:
-    """`hate=1.00, privacy=0.40`, the strengths that act, or `none`."""
-    return (
-        ", ".join(f"{one.category}={one.strength:.2f}" for one in plan.acting).encode("ascii", "replace").decode()
-        or "none"
-    )
+    """`hate=1.00, privacy=0.40`, the strengths that act, or `none`; names percent-encoded, since a header is ASCII."""
+    return ", ".join(f"{quote(one.category)}={one.strength:.2f}" for one in plan.acting) or "none"
 
 
 def _sse(data: dict[str, Any]) -> str:
