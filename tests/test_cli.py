@@ -45,6 +45,7 @@ def bank(folder: Path, run: Run) -> Path:
             "1",
             "--dose",
             "0.8",
+            "--no-check",
         )
         assert status == 0, err
     return path
@@ -150,7 +151,15 @@ def test_categories_and_help_need_no_model(run: Run) -> None:
 def test_the_paper_recipe_is_the_paper(run: Run, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "paper.safetensors"
     status, _, err = run(
-        "fit", folder / "model", "--out", path, "--prompts", folder / "breaking.jsonl", "--recipe", "paper"
+        "fit",
+        folder / "model",
+        "--out",
+        path,
+        "--prompts",
+        folder / "breaking.jsonl",
+        "--recipe",
+        "paper",
+        "--no-check",
     )
     assert status == 0, err
     bank = VectorBank.load(path)

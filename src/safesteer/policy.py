@@ -30,6 +30,10 @@ from safesteer.vectors.bank import Tokens
 GateMode = Literal["auto", "always"]
 ActsOn = Literal["directions", "neurons", "both"]
 
+UNFIT = (
+    "was found to make this model's answers worse when the bank was checked (see `safesteer inspect`), so it does not act; "
+    "use --unverified (from Python `bank.unverified()`) if it shall all the same"
+)
 MOST_LAYERS = 10_000  # no model has as many; a typing error should not fill the memory
 ROUNDING = 1e-5  # relative
 
@@ -110,11 +114,15 @@ class Policy(BaseModel):
 
     @classmethod
     def default(cls, bank: VectorBank) -> Policy:
-        """The bank's own: every category at strength 1, gated where the bank has a gate."""
+        """The bank's own: every category at strength 1, gated where the bank has a gate.
+
+        Raises `PolicyError` where the bank's check found every category unfit; those that it found so are left out.
+        """
         gate: GateMode = "auto" if bank.gate is not None else "always"
-        return cls(
-            name="default", categories={name: CategoryPolicy(gate=gate, tokens=bank.tokens) for name in bank.categories}
-        )
+        fit = [name for name in bank.categories if name not in bank.unfit]
+        if not fit:
+            raise PolicyError(f"every category of this bank {UNFIT}")
+        return cls(name="default", categories={name: CategoryPolicy(gate=gate, tokens=bank.tokens) for name in fit})
 
     @classmethod
     def of(
@@ -160,7 +168,8 @@ class Policy(BaseModel):
     def resolved(self, bank: VectorBank) -> Policy:
         """The same policy with the bank's canonical names, checked against the bank.
 
-        Raises `UnknownCategoryError`; `PolicyError` for a strength below 0 (unless research) or above the ceiling, for
+        Raises `UnknownCategoryError`; `PolicyError` for a category that the bank's check found unfit, for a strength
+        below 0 (unless research) or above the ceiling, for
         `gate: auto` with a bank that has no gate, and for a category named twice; `BankError` for absent layers.
         """
         categories: dict[str, CategoryPolicy] = {}
@@ -168,6 +177,8 @@ class Policy(BaseModel):
             canonical = bank.categories[bank.index(name)]
             if canonical in categories:
                 raise PolicyError(f"{self.name}: {canonical} is named twice")
+            if canonical in bank.unfit and how.strength != 0:
+                raise PolicyError(f"{canonical} {UNFIT}")
             if how.strength < 0 and not self.research:
                 raise PolicyError(f"{canonical}: strength {how.strength:g} is negative; use 0 or more")
             if abs(how.strength) > bank.strength_ceiling:

@@ -39,6 +39,7 @@ def chat(
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
     force: options.Force = False,
+    unverified: options.Unverified = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print each answer as one JSON object a line, not streamed.")
     ] = False,
@@ -48,9 +49,8 @@ def chat(
 
     from safesteer.engines import GenerationSettings, Request, generate
     from safesteer.policy import Policy
-    from safesteer.vectors import VectorBank
 
-    opened = VectorBank.load(bank)
+    opened = options.open_bank(bank, unverified)
     current = options.chosen_policy(opened, policy, steer, gate, tokens)
     loaded = options.load_for(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,

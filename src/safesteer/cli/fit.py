@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from safesteer.cli import options
+from safesteer.cli.check import JudgeOption, run_check, show
 from safesteer.cli.console import note, out, print_json, progress_bar, working
 from safesteer.errors import SafeSteerError
 from safesteer.files import check_writable
@@ -127,6 +128,10 @@ def fit(
     trust_remote_code: options.TrustRemoteCode = False,
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Whether to try what the bank does to answers before it may act.")
+    ] = True,
+    judge: JudgeOption = "offline",
     json: options.AsJson = False,
 ) -> None:
     """Fit a direction for each category from prompts alone, and write them as a bank."""
@@ -147,8 +152,11 @@ def fit(
     )
     from safesteer.calibration import Refusal
     from safesteer.calibration import fit as fit_bank
+    from safesteer.judges import make_judge
 
     refused = _choice(refusal, get_args(Refusal), "--refusal")
+    decides = make_judge(judge) if check else None
+    loaded = None
     own = read_prompt_files(prompts or [], category)
     began = time.perf_counter()
     if engine == "vllm":
@@ -168,11 +176,15 @@ def fit(
         with progress_bar("Reading prompts") as update:
             bank = fit_bank(loaded, category, own, settings, refusal=refused, progress=update)
     bank.save(out_file)
+    if decides is not None and loaded is not None:
+        bank = run_check(loaded, bank, decides, own)
+        bank.save(out_file)
     seconds = time.perf_counter() - began
     if json:
         print_json({"bank": str(out_file), "seconds": round(seconds, 2), **summary(bank)})
         return
     out.print(category_table(bank))
+    show(bank)
     note(f"Wrote {out_file} in {seconds:.0f} s. Try: safesteer generate {out_file} --prompt '...' --compare")
 
 
@@ -235,7 +247,8 @@ def summary(bank: VectorBank) -> dict[str, Any]:
         "site": bank.site,
         "strength_ceiling": bank.strength_ceiling,
         "gate": None if bank.gate is None else {"layers": list(bank.gate.layers), **bank.gate.quality},
-        "provenance": {key: value for key, value in bank.provenance.items() if key != "prompts"},
+        "check": bank.provenance.get("check"),
+        "provenance": {key: value for key, value in bank.provenance.items() if key not in ("prompts", "check")},
     }
 
 

@@ -113,11 +113,11 @@ def generate(
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
     force: options.Force = False,
+    unverified: options.Unverified = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")] = False,
 ) -> None:
     """Generate steered responses. Without --policy and --steer the bank's own default policy acts."""
     from safesteer.engines import GenerationSettings, Request
-    from safesteer.vectors import VectorBank
 
     if (prompt is None) == (prompts is None):
         raise SafeSteerError("give either --prompt or --prompts")
@@ -127,7 +127,7 @@ def generate(
         raise SafeSteerError(f"--batch-size {batch_size!r} is neither auto nor a number above 0")
     if out_file is not None:
         check_writable(out_file)
-    opened = VectorBank.load(bank)
+    opened = options.open_bank(bank, unverified)
     chosen = options.chosen_policy(opened, policy, steer, gate, tokens)
     if prompts is not None:
         requests, extras = map(list, zip(*_read_requests(prompts, opened, chosen), strict=True))

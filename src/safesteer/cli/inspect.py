@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from safesteer.cli import options
+from safesteer.cli.check import show
 from safesteer.cli.console import out, print_json
 from safesteer.cli.fit import category_table, summary
 from safesteer.vectors import VectorBank
@@ -71,3 +72,4 @@ def inspect(bank: options.BankArgument, json: options.AsJson = False) -> None:
                 f"  false alarms asked for: {quality['false_alarm_asked']:.1%}; {opened_calm} of {calm} harmless prompts open it "
                 f"(95%: at most {wilson(opened_calm, calm).high:.1%} of such prompts)"
             )
+    show(opened)

@@ -14,6 +14,7 @@ from safesteer import __version__
 from safesteer.cli import (
     categories,
     chat,
+    check,
     demo,
     doctor,
     evaluate,
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("fit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(fit.fit)
+app.command("check")(check.check)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)

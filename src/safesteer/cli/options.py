@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safesteer.cli.console import working
+from safesteer.cli.console import note, working
 from safesteer.errors import PolicyError, SafeSteerError
 
 if TYPE_CHECKING:
@@ -37,6 +37,13 @@ Load8Bit = Annotated[bool, typer.Option("--8bit", help="Load in 8 bits (needs bi
 Force = Annotated[
     bool, typer.Option("--force", help="Apply a bank that was made for another model.", rich_help_panel=MODELS)
 ]
+Unverified = Annotated[
+    bool,
+    typer.Option(
+        "--unverified", help="Let categories act that the bank's check found to make answers worse.",
+        rich_help_panel=MODELS,
+    ),
+]  # fmt: skip
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A policy file (YAML).")]
 Steer = Annotated[
@@ -51,6 +58,22 @@ GateOption = Annotated[
 TokensOption = Annotated[
     str | None, typer.Option("--tokens", help="For --steer: all, prompt, generated or continuation.")
 ]
+
+
+def open_bank(path: Path, unverified: bool = False) -> VectorBank:
+    """Read a bank, and say on standard error what its check found. Raises `BankError`."""
+    from safesteer.vectors import VectorBank
+
+    bank = VectorBank.load(path)
+    if unverified:
+        return bank.unverified()
+    if "check" not in bank.provenance:
+        note(f"{path} was never checked for doing harm: safesteer check {path}")
+    elif bank.unfit and len(bank.unfit) < len(bank.categories):
+        note(
+            f"{', '.join(bank.unfit)}: found unfit when the bank was checked, so not acting (safesteer inspect {path})"
+        )
+    return bank
 
 
 def need_vllm() -> None:

@@ -22,7 +22,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 def _vllm(
     path: Path, bank: VectorBank, model: str, revision: str | None, given: list[str], most_waiting: int,
-    trust_remote_code: bool, force: bool,
+    trust_remote_code: bool, force: bool, unverified: bool,
 ) -> Engine:  # fmt: skip
     """vLLM with the bank's model."""
     options.need_vllm()
@@ -35,7 +35,7 @@ def _vllm(
         bank.check(files.fingerprint(bank.model.weights), force)
     with working("Starting vLLM, and testing that steering reaches the model"):
         with starting():  # vLLM is imported
-            chosen = arguments(path, files.folder, given, trust_remote_code)
+            chosen = arguments(path, files.folder, given, trust_remote_code, unverified)
         return VllmEngine(chosen, bank, files.tokenizer, set(files.stop_ids), most_waiting=most_waiting)
 
 
@@ -78,6 +78,7 @@ def serve(
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
     force: options.Force = False,
+    unverified: options.Unverified = False,
     json: options.AsJson = False,
 ) -> None:
     """Serve a bank's model to OpenAI clients (http://127.0.0.1:8000/v1), steered by the bank's policy or your own."""
@@ -88,7 +89,6 @@ def serve(
     from safesteer.server.app import Limits, Serving
     from safesteer.server.authority import SEPARATOR, Authority
     from safesteer.server.guard import Keys
-    from safesteer.vectors import VectorBank
 
     if engine not in ENGINES:
         raise SafeSteerError(f"--engine {engine!r} is not known; use {', '.join(ENGINES)}")
@@ -96,7 +96,7 @@ def serve(
     on_vllm = engine == "vllm" or (engine == "auto" and find_spec("vllm") is not None)
     if not on_vllm and passed_on:
         raise SafeSteerError(f"{passed_on[0]} is no option of safesteer serve; vLLM's own are taken with --engine vllm")
-    opened = VectorBank.load(bank)
+    opened = options.open_bank(bank, unverified)
     authority, keys = Authority.of(opened, policy), Keys.of(api_key_file)
     run.check_host(host, bool(keys))
     chosen = model or opened.provenance.get("model")
@@ -116,7 +116,7 @@ def serve(
                 *(["--max-num-seqs", str(batch_size)] if batch_size else []),
                 *passed_on,
             ],
-            most_waiting, trust_remote_code, force,
+            most_waiting, trust_remote_code, force, unverified,
         )  # fmt: skip
     else:
         from safesteer.server.on_transformers import BATCH_SIZE, TransformersEngine

@@ -51,11 +51,19 @@ POLICIES = 1024  # that a process keeps for specs that come again
 TOGETHER = 512  # prompts that are read before their readings are fetched; a worker keeps 1024
 
 
-def options(bank: str | Path) -> dict[str, Any]:
-    """Arguments for `LLM(...)` or `EngineArgs`; the bank's digest keys the compile cache. Raises `BankError`."""
-    path = Path(bank).resolve()
-    digest = VectorBank.load(path).digest()
-    return {"additional_config": {NAME: {"bank": str(path), "digest": digest, "version": __version__}}}
+def options(bank: str | Path, unverified: bool = False) -> dict[str, Any]:
+    """Arguments for `LLM(...)` or `EngineArgs`; the bank's digest keys the compile cache. Raises `BankError`.
+
+    `unverified`: categories that the bank's check found unfit may act.
+    """
+    named = {"bank": str(Path(bank).resolve()), "unverified": unverified, "version": __version__}
+    return {"additional_config": {NAME: {**named, "digest": _bank_of(named).digest()}}}
+
+
+def _bank_of(named: Mapping[str, Any]) -> VectorBank:
+    """The bank that `additional_config` names."""
+    bank = VectorBank.load(named["bank"])
+    return bank.unverified() if named.get("unverified") is True else bank
 
 
 def chosen_options(engine_args: Any, given: Sequence[str], ours: Mapping[str, str], command: str) -> dict[str, Any]:
@@ -181,7 +189,7 @@ def specs_of(config: Any) -> Specs | None:
         return None
     if not isinstance(named, dict) or not isinstance(named.get("bank"), str):
         raise SteeringError(f"additional_config[{NAME!r}] must name a bank; use safesteer.engines.vllm.options(BANK)")
-    found = Specs(VectorBank.load(named["bank"]))
+    found = Specs(_bank_of(named))
     if named.get("digest") != found.digest or named.get("version") != __version__:
         raise SteeringError(
             f"additional_config[{NAME!r}] was made for another bank or version; use safesteer.engines.vllm.options(BANK)"

@@ -129,8 +129,7 @@ class Authority:
         if strength > max(most, least):
             raise PolicyError(f"{category}: strength {strength:g} is above this server's limit of {max(most, least):g}")
         if own is None:
-            default = Policy.default(self.bank)
-            own = default.categories[category]
+            own = Policy.default(self.bank.unverified()).categories[category]  # `resolved` refuses unfit ones
         return own.model_copy(update={"strength": float(strength)})
 
 

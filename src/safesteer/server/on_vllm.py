@@ -36,7 +36,9 @@ OURS = {
 PROBE = 16  # log probabilities that the self-test compares
 
 
-def arguments(bank: Path, model: Path, given: Sequence[str], trust_remote_code: bool = False) -> Any:
+def arguments(
+    bank: Path, model: Path, given: Sequence[str], trust_remote_code: bool = False, unverified: bool = False
+) -> Any:
     """vLLM's `AsyncEngineArgs` for a bank and its model's folder, from options in vLLM's own words.
 
     Raises `SafeSteerError` for options that vLLM does not know, or that are not the client's to give.
@@ -44,7 +46,7 @@ def arguments(bank: Path, model: Path, given: Sequence[str], trust_remote_code: 
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     chosen = plugin.chosen_options(AsyncEngineArgs, given, OURS, "safesteer serve")
-    chosen |= {"model": str(model), "trust_remote_code": trust_remote_code, **plugin.options(bank)}
+    chosen |= {"model": str(model), "trust_remote_code": trust_remote_code, **plugin.options(bank, unverified)}
     return AsyncEngineArgs(**chosen)
 
 

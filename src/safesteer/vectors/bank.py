@@ -13,7 +13,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -108,6 +108,15 @@ class VectorBank:
         vectors = self.directions[row, slots]
         steps = vectors * (doses * self.residual_norms[slots] / vectors.norm(dim=1)).unsqueeze(1)
         return dict(zip(chosen, steps, strict=True))
+
+    @property
+    def unfit(self) -> tuple[str, ...]:
+        """Categories that the check (`safesteer.evaluation.check`) found to do harm; no policy may name them."""
+        return tuple(self.provenance.get("check", {}).get("unfit", ()))
+
+    def unverified(self) -> VectorBank:
+        """This bank without the check of its effect: every category may act."""
+        return replace(self, provenance={key: value for key, value in self.provenance.items() if key != "check"})
 
     def check(self, loaded: LoadedModel | Fingerprint, force: bool = False) -> None:
         """Raise `FingerprintMismatchError`, saying what differs, if this bank is not of this model (unless `force`)."""
