@@ -14,6 +14,7 @@ from safesteer.errors import FingerprintMismatchError, SafeSteerError
 from safesteer.explain.geometry import (
     Material,
     Shown,
+    _random_after,
     average_linkage,
     collect_for_explain,
     cosine_map,
@@ -24,15 +25,15 @@ from safesteer.explain.geometry import (
     projections,
     separation,
     separation_of,
-    unshrunk,
 )
 from safesteer.models import LoadedModel, embedded, encode
 from safesteer.models.layout import hidden_of
 from safesteer.policy import Policy
 from safesteer.prompts import PromptSet, builtin, harmless_pool
+from safesteer.refusal import RefusalDirection, without_refusal
 from safesteer.vectors import FitSettings, VectorBank, fit
 from safesteer.vectors.controls import randomised
-from safesteer.vectors.directions import shrink
+from safesteer.vectors.directions import shrink, towards
 from tests.tiny import ARCHITECTURES, bank_for, make, prompts
 
 WIDTH, PAIRS, PLANTED = 48, 40, (2, 3)
@@ -224,31 +225,50 @@ def test_cosines_are_those_of_the_directions_averaged_over_acting_layers(llama: 
         cosine_map(bank, {"shared": bank.directions[0]})
 
 
-@pytest.mark.parametrize("amount", [0.1, 0.5, 0.8])
-def test_shrinkage_is_undone_exactly(amount: float) -> None:
-    unit = torch.nn.functional.normalize(torch.randn(7, 64).double() + 0.5 * torch.randn(64).double(), dim=-1)
-    moved = torch.nn.functional.normalize(shrink(unit, amount), dim=-1)
-    torch.testing.assert_close(unshrunk(moved, amount), unit, atol=1e-7, rtol=0)
-    assert float((moved - unit).norm(dim=-1).min()) > 0.01
+@pytest.mark.parametrize("amount", [0.1, 0.5, 0.95])
+def test_cosines_before_shrinkage_are_those_of_the_directions_that_the_prompts_gave(
+    llama: LoadedModel, amount: float
+) -> None:
+    """At any shrinkage, and whatever was taken out of the directions afterwards."""
+    bank = bank_for(llama, shrinkage=amount)
+    plain = cosine_map(bank_for(llama, shrinkage=0.0))
+    assert plain.before_shrinkage is None and not plain.moved
+    axis = RefusalDirection(bank.directions.mean(dim=0) + torch.randn(1, 32), 10, 10)
+    for one in (bank, without_refusal(bank, axis)):
+        found = cosine_map(one)
+        assert found.before_shrinkage is not None
+        assert found.before_shrinkage[0][1] == pytest.approx(plain.cosines[0][1], abs=1e-5)
+    assert cosine_map(bank).cosines[0][1] > plain.cosines[0][1]
+    older = cosine_map(replace(bank, unshrunk=None))  # as banks were written before
+    assert older.moved and older.before_shrinkage is None
+    assert cosine_map(randomised(bank)).before_shrinkage is None  # replaced after shrinking: there is no before
 
 
 def test_the_map_says_what_random_directions_would_look_like_after_the_same_shrinkage(llama: LoadedModel) -> None:
-    bank = bank_for(llama, shrinkage=0.5)
-    plain = bank_for(llama, shrinkage=0.0)
-    found = cosine_map(bank)
-    assert found.before_shrinkage is not None
-    assert found.before_shrinkage[0][1] == pytest.approx(cosine_map(plain).cosines[0][1], abs=1e-4)
-    assert found.cosines[0][1] > found.before_shrinkage[0][1]
+    found = cosine_map(bank_for(llama, shrinkage=0.5))
     draws = torch.nn.functional.normalize(torch.randn(2, 20000), dim=-1)
     shrunk = torch.nn.functional.normalize(shrink(draws, 0.5), dim=-1)
     assert found.random_after_shrinkage == pytest.approx(float(shrunk[0] @ shrunk[1]), abs=0.02)
-    lent = {**bank.provenance, "prompts": {"breaking": {"borrowed": 0.5}, "lying": {}}}
-    moved = cosine_map(
-        replace(bank, provenance=lent)
-    )  # moved towards another direction: not to be undone as if it were theirs
-    assert moved.before_shrinkage is None
-    assert (moved.shrinkage, moved.borrowed, moved.random_after_shrinkage) == (0.0, 0.5, 0.5)
-    assert cosine_map(randomised(bank)).before_shrinkage is None  # replaced after shrinking: nothing to undo
+
+
+def test_the_map_of_a_bank_that_borrows_knows_what_random_directions_would_look_like(llama: LoadedModel) -> None:
+    bank = bank_for(llama, shrinkage=None)
+    amounts = [one["borrowed"] for one in bank.provenance["prompts"].values()]
+    assert 0 < amounts[0] < 1
+    found = cosine_map(bank)
+    assert found.before_shrinkage is not None
+    assert found.before_shrinkage[0][1] == pytest.approx(
+        cosine_map(bank_for(llama, shrinkage=0.0)).cosines[0][1], abs=1e-5
+    )
+    draws = torch.nn.functional.normalize(torch.randn(5, 20000), dim=-1)
+    moved = [towards(draws[row], draws[2], amount) for row, amount in enumerate(amounts)]
+    assert found.random_after_shrinkage == pytest.approx(float(moved[0] @ moved[1]), abs=0.02)
+    assert (found.shrinkage, found.borrowed) == (0.0, max(amounts))
+    # two that were shrunk, beside one that takes a direction from elsewhere: the pairs' cosines are 0, 0 and that of the two
+    mixed = _random_after([0.5, 0.5, 0.0], [0.0, 0.0, 1.0])
+    assert mixed == 0.0
+    three = torch.nn.functional.normalize(shrink(draws[:3], 0.5), dim=-1)
+    assert _random_after([0.5] * 3 + [0.0], [0.0] * 3 + [1.0]) == pytest.approx(float(three[0] @ three[1]), abs=0.02)
 
 
 def test_average_linkage_joins_the_nearest_first_at_their_mean_distance() -> None:

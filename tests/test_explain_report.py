@@ -167,8 +167,17 @@ def test_a_notebook_gets_the_figures_of_the_report(made: Made) -> None:
     assert study.bank.plot.cosines("dark").axes and study.bank.plot.doses().axes
     with pytest.raises(SafeSteerError, match="there is no figure 'colours'; there are doses_by_layer"):
         plot(study, "colours")
-    with pytest.raises(SafeSteerError, match="cannot be undone"):
-        replace(study.bank, provenance={}).plot.cosines(before_shrinkage=True)
+    for bank in (replace(study.bank, provenance={}), replace(study.bank, unshrunk=None)):
+        with pytest.raises(SafeSteerError, match="has to be fitted again"):
+            bank.plot.cosines(before_shrinkage=True)
+
+
+def test_a_bank_that_was_written_before_its_directions_were_kept_says_what_is_left_out(made: Made) -> None:
+    older = replace(made.study, cosines=replace(made.study.cosines, before_shrinkage=None))
+    section = about_bank.categories_section(older)
+    assert "cosines_before_shrinkage" not in {one.name for one in section.figures}
+    assert "cosines before shrinkage" in section.notes[0] and "fit it again" in section.notes[0]
+    assert not any("before shrinkage" in note for note in about_bank.categories_section(made.study).notes)
 
 
 def test_names_of_columns_and_directions_are_no_categorys(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

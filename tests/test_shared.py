@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from safesteer.models import LoadedModel
 from safesteer.prompts import Prompt, PromptSet, builtin, builtin_categories
 from safesteer.vectors import FitSettings, VectorBank, fit, fitting
+from safesteer.vectors.directions import shrink
 
 SETTINGS = {"layers": (1,), "gate": False, "position": "last", "shrinkage": 0.0}
 ALONE = PromptSet(
@@ -99,3 +101,56 @@ def test_a_bank_of_many_categories_borrows_nothing(llama: LoadedModel) -> None:
     assert {
         one["borrowed"] for one in fitted(llama, prompts, some[1:], shrinkage=None).provenance["prompts"].values()
     } != {0.0}
+
+
+def some_of(count: int) -> PromptSet:
+    """Two pairs of each of a number of built-in categories."""
+    names = list(builtin_categories())[:count]
+    return PromptSet(tuple(p for name in names for p in tuple(builtin(name).split("fit"))[:2]), "some")
+
+
+@pytest.mark.parametrize("count", [2, fitting.FEW])
+@pytest.mark.parametrize("shrinkage", [None, 0.0, 0.3, 1.0])
+def test_a_category_without_counterparts_leaves_the_others_as_they_are(
+    llama: LoadedModel, count: int, shrinkage: float | None
+) -> None:
+    """Whether shrinkage is chosen by the fit or said; and an explicit value holds, as the formula has it."""
+    prompts = some_of(count)
+    without = fitted(llama, prompts, shrinkage=shrinkage)
+    with_one = fitted(llama, PromptSet((*prompts, *ALONE), "both"), shrinkage=shrinkage)
+    assert with_one.categories == (*without.categories, "breaking")
+    torch.testing.assert_close(with_one.directions[:count], without.directions, rtol=1e-4, atol=1e-5)
+    lent = fitted(llama, ALONE).directions[0]
+    torch.testing.assert_close(with_one.directions[count], lent, rtol=1e-4, atol=1e-5)
+    used = fitting.SHRINKAGE if shrinkage is None else shrinkage
+    if shrinkage is not None or count == fitting.FEW:
+        raw = fitted(llama, prompts, shrinkage=0.0).directions[:, 0]
+        torch.testing.assert_close(with_one.directions[:count, 0], shrink(raw, used), rtol=1e-4, atol=1e-5)
+    for bank in (without, with_one):
+        borrowed = {name: one["borrowed"] for name, one in bank.provenance["prompts"].items()}
+        few = shrinkage is None and count < fitting.FEW
+        assert bank.provenance["shrinkage"] == (None if few else used)
+        assert all((borrowed[name] > 0) == few for name in without.categories)
+        assert borrowed.get("breaking", 1.0) == 1.0
+
+
+def test_the_default_of_matched_categories_is_what_it_was_to_the_bit(llama: LoadedModel) -> None:
+    bank = fitted(llama, some_of(fitting.FEW), shrinkage=None)
+    raw = fitted(llama, some_of(fitting.FEW), shrinkage=0.0)
+    assert torch.equal(bank.directions[:, 0], shrink(raw.directions[:, 0], fitting.SHRINKAGE))
+    assert bank.unshrunk is not None
+    assert torch.equal(bank.unshrunk, raw.directions)
+
+
+def test_the_directions_before_shrinkage_are_kept_and_come_back_from_the_file(
+    llama: LoadedModel, tmp_path: Path
+) -> None:
+    bank = fitted(llama, PromptSet((*some_of(2), *ALONE), "both"), shrinkage=None)
+    raw = fitted(llama, some_of(2), shrinkage=0.0)
+    assert bank.unshrunk is not None
+    torch.testing.assert_close(bank.unshrunk[:2], raw.directions, rtol=1e-4, atol=1e-5)
+    bank.save(tmp_path / "bank.safetensors")
+    again = VectorBank.load(tmp_path / "bank.safetensors").unshrunk
+    assert again is not None and torch.equal(again, bank.unshrunk)
+    replace(bank, unshrunk=None).save(tmp_path / "older.safetensors")
+    assert VectorBank.load(tmp_path / "older.safetensors").unshrunk is None

@@ -20,6 +20,19 @@ def cosines(bank: VectorBank) -> torch.Tensor:
     return torch.einsum("alw,blw->ab", unit, unit) / len(slots)
 
 
+def _moved(bank: VectorBank) -> str:
+    """How far directions were moved towards what categories share."""
+    sources = bank.provenance.get("prompts", {})
+    lent = {name: sources.get(name, {}).get("borrowed") for name in bank.categories}
+    said = ", ".join(f"{name} {share:.0%}" for name, share in lent.items() if share)
+    shrinkage = bank.provenance.get("shrinkage")
+    return (
+        ("\nNo shrinkage" if shrinkage is None else f"\nShrinkage {shrinkage:g}")
+        + " towards the direction that the bank's categories share; "
+        + (f"borrowed from the built-in pairs of others: {said}" if said else "nothing is borrowed")
+    )
+
+
 def inspect(bank: options.BankArgument, json: options.AsJson = False) -> None:
     """Show a bank: categories, doses, how alike the directions are, the gate's quality, and where it all came from."""
     opened = VectorBank.load(bank)
@@ -36,6 +49,7 @@ def inspect(bank: options.BankArgument, json: options.AsJson = False) -> None:
         markup=False,
     )
     out.print(category_table(opened))
+    out.print(_moved(opened), markup=False)
     if len(opened.categories) > 1:
         out.print("\nCosine between directions")
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))

@@ -60,6 +60,7 @@ def bank_section(study: Study) -> Section:
         "read at": data.get("position"),
         "recipe": data.get("recipe"),
         "shrinkage": data.get("shrinkage"),
+        "borrowed": {name: one["borrowed"] for name, one in sources.items() if one.get("borrowed")},
         "tokens steered": bank.tokens,
         "strength ceiling": bank.strength_ceiling,
         "calibration": data.get("calibration"),
@@ -208,8 +209,8 @@ def categories_section(study: Study) -> Section:
         + (
             ""
             if study.cosines.before_shrinkage is None
-            else " Fitting moves each towards what all share, so the map before that says more about the categories, and the "
-            "other about what steering does."
+            else " Fitting moved them towards what categories share, so the map before that says more about the categories, "
+            "and the other about what steering does."
         ),
     ]
     if len(study.bank.categories) > 1:
@@ -228,8 +229,18 @@ def categories_section(study: Study) -> Section:
         "Categories",
         text,
         [Group(cosines), *(split(drawn, "The other {} categories, block by block") if drawn else [])],
-        left_out(study, "refusal", "geometry"),
+        [*_not_kept(study.cosines), *left_out(study, "refusal", "geometry")],
     )
+
+
+def _not_kept(found: CosineMap) -> list[str]:
+    """That cosines before shrinkage are missing, where there should be some."""
+    if not found.moved or found.before_shrinkage is not None:
+        return []
+    return [
+        "Not shown (cosines before shrinkage): this bank was fitted before its directions were kept as the prompts gave "
+        "them; fit it again."
+    ]
 
 
 def against(study: Study) -> str:

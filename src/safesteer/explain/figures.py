@@ -277,7 +277,9 @@ def cosine_map(data: CosineMap, title: str, theme: Theme = "light", *, before_sh
     """
     cosines = data.before_shrinkage if before_shrinkage else data.cosines
     if cosines is None:
-        raise SafeSteerError("this bank's directions were not shrunk, or too far; draw the ones that act")
+        raise SafeSteerError(
+            "this bank's directions were not shrunk, or it does not hold them as they were before; draw the ones that act"
+        )
     with _drawing(theme) as palette:
         count = len(data.order)
         figure = _figure(title, 6.0)
@@ -306,7 +308,7 @@ def cosine_map(data: CosineMap, title: str, theme: Theme = "light", *, before_sh
         bar = figure.colorbar(mesh, cax=axes.inset_axes((0.58, 0.92, 0.4, 0.03)), orientation="horizontal")
         bar.set_label("cosine (cells: in hundredths)", fontsize=9)
         nothing = [f"two random directions: 0 ± {100 * data.random_deviation:.0f}"]
-        if (data.shrinkage or data.borrowed) and not before_shrinkage:
+        if data.random_after_shrinkage and not before_shrinkage:
             nothing.append(f"shrunk as these were: {100 * data.random_after_shrinkage:.0f}")
         axes.text(
             0.98,

@@ -40,7 +40,6 @@ LAYERS = 16  # about how many layers of the whole depth are read
 FOLDS = 5
 SHUFFLES = 20
 RIDGE = 1.0  # of the mean diagonal of the covariance within classes
-MOST_SHRINKAGE = 0.9  # above it a direction holds too little of its own to be found again
 
 
 # -- material ----------------------------------------------------------------------------------------------------------
@@ -240,16 +239,15 @@ class CosineMap:
     """Cosines between directions, averaged over `layers` (0-based).
 
     `kinds`: `category`, `shared`, `extra` or `random`, one a name. `cosines`: `[names][names]`, of the directions
-    that act. `before_shrinkage`: the same for the directions as they were before `fit` moved them towards the shared
-    one by the share `shrinkage`; None where that was not done or cannot be undone. `order`: names as clustered,
-    `merges` how.
+    that act. `before_shrinkage`: the same for the directions as the prompts gave them, which the bank keeps from its fit;
+    None where nothing moved them, or the bank does not hold them. `order`: names as clustered, `merges` how.
 
-    `borrowed`: where a small bank was moved towards what the built-in categories share instead, the most that any was; that
-    cannot be undone from the bank alone.
+    `moved`: whether `fit` moved any direction away from what its prompts gave. `shrinkage`: how far towards the direction they
+    share; `borrowed`: the most that any was moved towards what the built-in categories share instead.
 
     What nothing looks like: two random directions have a cosine of 0 with the standard deviation `random_deviation` =
     1/sqrt(width). A random direction and the mean of k that it is one of: `random_with_shared` = 1/sqrt(k). Two of k random
-    directions moved as these were: `random_after_shrinkage`. Cosines that act are to be read against the last.
+    directions moved as these were (the median pair): `random_after_shrinkage`. Cosines that act are to be read against the last.
     """
 
     names: tuple[str, ...]
@@ -259,6 +257,7 @@ class CosineMap:
     order: tuple[int, ...]
     merges: tuple[Merge, ...]
     layers: tuple[int, ...]
+    moved: bool
     shrinkage: float
     borrowed: float
     random_deviation: float
@@ -275,6 +274,7 @@ class CosineMap:
             "order": list(self.order),
             "merges": [{"members": list(one.members), "distance": round(one.distance, 4)} for one in self.merges],
             "layers": list(self.layers),
+            "moved": self.moved,
             "shrinkage": self.shrinkage,
             "borrowed": self.borrowed,
             "random_deviation": round(self.random_deviation, 4),
@@ -296,7 +296,6 @@ def cosine_map(
     acting = [slot for slot in range(len(bank.layers)) if bool((bank.doses[:, slot] != 0).any())]
     slots = acting or list(range(len(bank.layers)))
     width, count = bank.directions.shape[-1], len(bank.categories)
-    unit = torch.nn.functional.normalize(bank.directions[:, slots].double(), dim=-1)
     others: dict[str, tuple[str, torch.Tensor]] = {}
     for name, vectors in (extra or {}).items():
         if vectors.shape != (len(bank.layers), width):
@@ -314,20 +313,20 @@ def cosine_map(
     if len(set(names)) < len(names):
         raise SafeSteerError("two directions have the same name; name the extra ones otherwise")
 
+    def unit_of(directions: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(directions[:, slots].double(), dim=-1)
+
     def cosines(categories: torch.Tensor) -> torch.Tensor:
         shared = categories.mean(dim=0, keepdim=True)
         every = torch.cat([categories, shared, *(vectors.unsqueeze(0) for _, vectors in others.values())])
         every = torch.nn.functional.normalize(every, dim=-1)
         return torch.einsum("ild,jld->ij", every, every) / len(slots)
 
-    acts = cosines(unit)
-    amount, borrowed = _shrinkage(bank)
-    undone = unshrunk(unit.transpose(0, 1), amount).transpose(0, 1) if 0 < amount <= MOST_SHRINKAGE else None
-    earlier = None if undone is None else cosines(undone)
+    acts = cosines(unit_of(bank.directions))
+    shrunk, borrowed = _moved(bank)
+    moved = any(shrunk) or any(0 < lent < 1 for lent in borrowed)
+    earlier = cosines(unit_of(bank.unshrunk)) if moved and bank.unshrunk is not None else None
     order, merges = average_linkage(1 - (acts if earlier is None else earlier).numpy())
-    own = 1 / math.sqrt(count)
-    # Towards the mean of their own, or towards one direction from elsewhere with which random ones have nothing in common.
-    share, mixed = (borrowed, 0.0) if borrowed else (amount, 2 * amount * (1 - amount) * own)
     return CosineMap(
         names=names,
         kinds=(*["category"] * count, "shared", *(kind for kind, _ in others.values())),
@@ -336,49 +335,43 @@ def cosine_map(
         order=order,
         merges=merges,
         layers=tuple(bank.layers[slot] for slot in slots),
-        shrinkage=amount,
-        borrowed=borrowed,
+        moved=moved,
+        shrinkage=max(shrunk),
+        borrowed=max(borrowed),
         random_deviation=1 / math.sqrt(width),
-        random_with_shared=own,
-        random_after_shrinkage=(mixed + share**2) / (mixed + share**2 + (1 - share) ** 2),
+        random_with_shared=1 / math.sqrt(count),
+        random_after_shrinkage=_random_after(shrunk, borrowed),
     )
 
 
-def _shrinkage(bank: VectorBank) -> tuple[float, float]:
-    """How far `fit` moved the directions towards their own shared one, or the most that any borrowed instead (0 to 1 each)."""
+def _moved(bank: VectorBank) -> tuple[list[float], list[float]]:
+    """How far (0 to 1) `fit` moved each category's direction towards the mean of the bank's own, and towards a borrowed one."""
+    nowhere = [0.0] * len(bank.categories)
     # A control bank's directions were replaced after shrinking.
     if "control" in bank.provenance:
-        return 0.0, 0.0
+        return nowhere, nowhere
     sources = bank.provenance.get("prompts") or {}
-    borrowed = max((float(sources.get(name, {}).get("borrowed", 0.0)) for name in bank.categories), default=0.0)
-    own = 0.0 if borrowed or len(bank.categories) < 2 else float(bank.provenance.get("shrinkage") or 0.0)
-    return own, borrowed
+    borrowed = [float(sources.get(name, {}).get("borrowed", 0.0)) for name in bank.categories]
+    amount = float(bank.provenance.get("shrinkage") or 0.0) if borrowed.count(0.0) > 1 else 0.0
+    return [0.0 if lent else amount for lent in borrowed], borrowed
 
 
-def unshrunk(unit: torch.Tensor, amount: float) -> torch.Tensor:
-    """Undo `vectors.directions.shrink`: unit directions `[..., categories, width]` before it moved them, fp64.
+def _random_after(shrunk: Sequence[float], borrowed: Sequence[float]) -> float:
+    """The median cosine of two of as many random directions, moved as far as these; 0 for fewer than two.
 
-    With m the shared direction, shrinking made s w = (1 - a) u + a m, so ||s w - a m|| = 1 - a gives s, that gives u,
-    and the unit mean of u is m again: iterated from the mean of w until it stands still. Where two u would do (a
-    above 1/2), the one that is more like m.
+    Each is (1 - a - b) u + a m + b e, u one of k random directions and m their unit mean, so that u . m = 1/sqrt(k). What is
+    borrowed, e, has nothing in common with any; a direction that borrows has no part in m.
     """
-    unit = unit.double()
-    shared = torch.nn.functional.normalize(unit.mean(dim=-2, keepdim=True), dim=-1)
-    found = unit
-    for _ in range(200):
-        along = amount * (unit * shared).sum(dim=-1, keepdim=True)
-        length = along + (along.square() + 1 - 2 * amount).clamp_min(0).sqrt()
-        found = torch.nn.functional.normalize(length * unit - amount * shared, dim=-1)
-        mean = found.mean(dim=-2, keepdim=True)
-        size = mean.norm(dim=-1, keepdim=True)
-        # An error e in m comes back as about -a e / ((1 - a) size), which can be more than e: go part of the way.
-        part = (1 - amount) * size / ((1 - amount) * size + amount)
-        update = torch.nn.functional.normalize(shared + part * (mean / size - shared), dim=-1)
-        moved = float((update - shared).norm(dim=-1).max())
-        shared = update
-        if moved < 1e-10:
-            break
-    return found
+    count = len(shrunk)
+    a, b = torch.tensor(shrunk), torch.tensor(borrowed)
+    base = torch.eye(count + 2)
+    base[:count, count] = base[count, :count] = (b == 0) / max(1, borrowed.count(0.0)) ** 0.5
+    mixed = torch.cat([torch.diag(1 - a - b), a[:, None], b[:, None]], dim=1)
+    products = mixed @ base @ mixed.T
+    lengths = products.diagonal().sqrt()
+    cosines = products / (lengths[:, None] * lengths)
+    expected = sorted(cosines[torch.ones(count, count).tril(-1).bool()].tolist())
+    return expected[len(expected) // 2] if expected else 0.0
 
 
 def average_linkage(distance: np.ndarray[Any, Any]) -> tuple[tuple[int, ...], tuple[Merge, ...]]:

@@ -66,10 +66,9 @@ def cosines(found: CosineMap, *, before: bool = False, random: bool = False) -> 
     middle = None if matrix is None else median_cosine(found, matrix)
     if middle is None:
         return "One category: there is nothing to compare it with but random directions"
-    moved = not before and not random and (found.shrinkage or found.borrowed)
-    expected = found.random_after_shrinkage if moved else 0.0
+    expected = 0.0 if before or random else found.random_after_shrinkage
     nothing = (
-        f"random ones moved alike: {expected:.2f}" if moved else f"two random ones: 0 ± {found.random_deviation:.2f}"
+        f"random ones moved alike: {expected:.2f}" if expected else f"two random ones: 0 ± {found.random_deviation:.2f}"
     )
     when = " before shrinkage" if before else ""
     if random:

@@ -31,12 +31,13 @@ class BankPlots:
     def cosines(self, theme: Theme = "light", *, before_shrinkage: bool = False) -> Figure:
         """How alike the directions are, as they act, or before they were moved towards each other.
 
-        Raises `SafeSteerError` where the latter cannot be undone.
+        Raises `SafeSteerError` where nothing moved them, or the bank does not hold them.
         """
         found = cosine_map(self.bank)
         if before_shrinkage and found.before_shrinkage is None:
             raise SafeSteerError(
-                "these directions were not moved towards each other, or by so much that it cannot be undone"
+                "there are no directions before shrinkage: nothing moved these, or the bank was fitted before they were kept, "
+                "and has to be fitted again"
             )
         return cosine_figure(found, "cosines", before=before_shrinkage).draw(theme)
 

@@ -43,7 +43,9 @@ class VectorBank:
     `directions`: fp32 `[categories, layers, width]`, unnormalised, pointing away from the risk.
     `doses`: fp32 `[categories, layers]`, fraction of the residual norm that strength 1 adds; 0 where a layer does not act.
     `residual_norms`: fp32 `[layers]`. `layers` are 0-based blocks. `tokens`: which tokens the default
-    policy steers. `neurons`: the risk neurons of each category, if they were asked for. `provenance` is plain data for a reader.
+    policy steers. `neurons`: the risk neurons of each category, if they were asked for. `unshrunk`: the directions as the
+    prompts gave them, before `fit` moved them towards each other or took anything out; None in banks that do not hold them.
+    `provenance` is plain data for a reader.
     """
 
     categories: tuple[str, ...]
@@ -57,6 +59,7 @@ class VectorBank:
     strength_ceiling: float = STRENGTH_CEILING
     tokens: Tokens = "all"
     neurons: RiskNeurons | None = None
+    unshrunk: torch.Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,7 +67,10 @@ class VectorBank:
         width = self.model.width
         if self.directions.shape != (*shape, width) or self.doses.shape != shape:
             raise BankError(f"directions {tuple(self.directions.shape)} and doses do not fit {shape} and width {width}")
-        if not all(bool(torch.isfinite(t).all()) for t in (self.directions, self.doses, self.residual_norms)):
+        if self.unshrunk is not None and self.unshrunk.shape != self.directions.shape:
+            raise BankError("the directions before shrinkage must be as many as those after")
+        kept = (self.directions, self.doses, self.residual_norms, *([] if self.unshrunk is None else [self.unshrunk]))
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in kept):
             raise BankError("directions, doses and norms must be finite numbers")
         if self.residual_norms.shape != shape[1:]:
             raise BankError("there must be one residual norm a layer")
@@ -143,6 +149,8 @@ class VectorBank:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {"directions": self.directions, "doses": self.doses, "residual_norms": self.residual_norms}
+        if self.unshrunk is not None:
+            tensors["unshrunk"] = self.unshrunk
         if self.gate is not None:
             tensors |= {
                 "gate.centres": self.gate.centres,
@@ -245,6 +253,7 @@ class VectorBank:
             strength_ceiling=header["strength_ceiling"],
             tokens=header.get("tokens", "all"),
             neurons=neurons,
+            unshrunk=tensors.get("unshrunk"),
             provenance=header["provenance"],
         )
 

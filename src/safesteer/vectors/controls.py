@@ -18,5 +18,8 @@ def randomised(bank: VectorBank, seed: int = 0) -> VectorBank:
     norms = bank.directions.norm(dim=-1, keepdim=True)
     random = noise / noise.norm(dim=-1, keepdim=True) * norms
     return replace(
-        bank, directions=random.contiguous(), provenance={**bank.provenance, "control": f"random, seed {seed}"}
+        bank,
+        directions=random.contiguous(),
+        unshrunk=None,
+        provenance={**bank.provenance, "control": f"random, seed {seed}"},
     )

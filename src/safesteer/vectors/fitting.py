@@ -5,8 +5,9 @@ w[c, l]    = direction(harmful prompts of c, harmless prompts)          at every
              `last+answer`: w_last / ||w_last|| + w_answer / ||w_answer||, of their mean length
              A category whose prompts have no counterparts takes the direction that the built-in pairs share:
              shared[c, l] = unit(sum over built-in categories k, k not c, of unit(w[k, l])), from `LENT` pairs of each.
-shrinkage  moves w[c, l] towards what categories share: by SHRINKAGE towards the mean of the bank's own; in a bank of fewer than
-             `FEW` categories with pairs, by PRIOR / (PRIOR + pairs of c) towards shared[c, l].
+shrinkage  moves w[c, l] towards what categories share: by SHRINKAGE, or as asked, towards the mean of the bank's own, those that
+             take shared[c, l] left out; in a bank of fewer than `FEW` categories with pairs, and nothing asked, by
+             PRIOR / (PRIOR + pairs of c) towards shared[c, l].
 dose[c, l] = DOSE / number of acting layers                             default recipe: a small dose on a band of layers
            = m * ||w[c, l]|| / norm[l]                                  paper recipe: raw multiplier m, one layer
 """
@@ -65,9 +66,10 @@ class FitSettings:
     `layers`: 0-based; they are read and they act. `harmless`: `matched` counterparts, the direction `shared` by the built-in
     pairs of other categories, the `builtin` pool, `auto` (matched where every prompt of a category has a counterpart, else
     shared), or a prompt set of your own. `dose`: total relative dose at strength 1. `multiplier`: raw m of the paper, instead
-    of a dose. `shrinkage`: 0 (each category on its own) to 1 (one direction for all), towards the bank's own categories; None:
-    see above. `gate`: whether to fit one. `false_alarm`: the share of harmless prompts for which it may open, 0 to 1.
-    `neurons`: how many risk neurons to find for each category (from its matched pairs).
+    of a dose. `shrinkage`: 0 (each category on its own) to 1 (one direction for all), towards what those categories of the
+    bank share that have a direction of their own; None: see above. `gate`: whether to fit one. `false_alarm`: the share of
+    harmless prompts for which it may open, 0 to 1. `neurons`: how many risk neurons to find for each category (from its
+    matched pairs).
     """
 
     recipe: Recipe = "default"
@@ -452,10 +454,12 @@ def _assemble(
     chosen: CompleteSettings,
     gate: Gate | None,
 ) -> VectorBank:
-    directions = torch.zeros(len(sets), len(chosen.kept_layers), subject.width)
+    unshrunk = torch.zeros(len(sets), len(chosen.kept_layers), subject.width)
+    directions = unshrunk.clone()
     doses = torch.zeros(len(sets), len(chosen.kept_layers))
     clipped: dict[str, float] = {}
     borrowed = _borrowed(sets, chosen)
+    own = [index for index, name in enumerate(sets) if name not in borrowed]
     lent = {
         (other, slot): _read_direction(lenders, other, "matched", slot, chosen)
         for other in (builtin_categories() if borrowed else ())
@@ -466,19 +470,19 @@ def _assemble(
         for slot, layer in enumerate(chosen.kept_layers):
             shares = [0.0]
             if borrowed.get(name, 0.0) < 1:
-                directions[index, slot], share = _read_direction(sources, name, harmless, slot, chosen)
+                unshrunk[index, slot], share = _read_direction(sources, name, harmless, slot, chosen)
                 shares.append(share)
             if name in borrowed:
                 found = [lent[other, slot] for other in builtin_categories() if other != name]
                 common = joined([vector for vector, _ in found])
                 shares += [share for _, share in found]
-                own = directions[index, slot] if borrowed[name] < 1 else common
-                directions[index, slot] = towards(own, common, borrowed[name])
+                if borrowed[name] == 1:
+                    unshrunk[index, slot] = common
+                directions[index, slot] = towards(unshrunk[index, slot], common, borrowed[name])
             if layer in chosen.acting_layers and chosen.clip:
                 clipped[name] = max(clipped.get(name, 0.0), *shares)
     for slot, layer in enumerate(chosen.kept_layers):
-        if not borrowed:
-            directions[:, slot] = shrink(directions[:, slot], chosen.shrinkage)
+        directions[own, slot] = shrink(unshrunk[own, slot], chosen.shrinkage)
         if layer not in chosen.acting_layers:
             continue
         if chosen.multiplier is not None:
@@ -494,6 +498,7 @@ def _assemble(
         residual_norms=norms,
         model=subject.fingerprint,
         gate=gate,
+        unshrunk=unshrunk,
         provenance=_provenance(subject, sets, chosen, clipped),
     )
 
@@ -587,7 +592,7 @@ def _provenance(
         "site": chosen.site,
         "acting_layers": list(chosen.acting_layers),
         "multiplier": chosen.multiplier,
-        "shrinkage": None if borrowed else chosen.shrinkage,
+        "shrinkage": chosen.shrinkage if len(borrowed) < len(sets) else None,  # of those that borrow nothing
         "prompts": {
             name: {
                 "source": prompts.name,
