@@ -309,6 +309,7 @@ class Summed:
         vector = direction(
             chosen.method, self._mean([_group("harmful", name)], slot),
             self._mean([_group(harmless, name), _group(harmless, None)], slot),
+            paired=False,
         )  # fmt: skip
         if not chosen.clip:
             return vector, 0.0

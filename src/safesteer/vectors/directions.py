@@ -1,8 +1,8 @@
 """From two sets of activations to one direction. Small pure functions of one layer.
 
 All take `harmful [n, width]` and `harmless [m, width]` and return `w [width]`, pointing from the risk to the harmless:
-adding it steers away from the category. Sizes n and m may differ; where they are pairs, row i of one belongs to row i
-of the other.
+adding it steers away from the category. Where they are `paired`, row i of one belongs to row i of the other; only who made them
+knows, for two sets of one size may well be no pairs.
 """
 
 from __future__ import annotations
@@ -18,39 +18,37 @@ from safesteer.errors import SafeSteerError
 Method = Literal["mean-difference", "pruned-mean-difference", "pca"]
 METHODS: tuple[Method, ...] = get_args(Method)
 MASSIVE = 15.0  # a dimension is massive if its mean magnitude is this many times the median dimension's
-DirectionFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+DirectionFunction = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
 
-def _differences(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
-    """`[n, width]`: pair by pair where the sizes agree, else each harmful row against the harmless mean."""
-    if harmful.shape[0] == harmless.shape[0]:
-        return harmless - harmful
-    return harmless.mean(dim=0) - harmful
+def _differences(harmful: torch.Tensor, harmless: torch.Tensor, paired: bool) -> torch.Tensor:
+    """`[n, width]`: pair by pair, or each harmful row against the harmless mean."""
+    return (harmless if paired else harmless.mean(dim=0)) - harmful
 
 
-def mean_difference(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
-    """`w = mean(harmless) - mean(harmful)` (SafeSteer, arXiv 2506.04250, Eq. 1)."""
+def mean_difference(harmful: torch.Tensor, harmless: torch.Tensor, paired: bool = False) -> torch.Tensor:
+    """`w = mean(harmless) - mean(harmful)` (SafeSteer, arXiv 2506.04250, Eq. 1), `paired` or not."""
     return harmless.mean(dim=0) - harmful.mean(dim=0)
 
 
-def pruned_mean_difference(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
+def pruned_mean_difference(harmful: torch.Tensor, harmless: torch.Tensor, paired: bool) -> torch.Tensor:
     """Mean of the differences `d_i = harmless_i - harmful_i` with `||d_i|| >= median_j ||d_j||`.
 
     The gradient-free, unsupervised noise filter of SafeSteer (section 3): weak differences carry little of the risk.
     For unpaired inputs `d_i = mean(harmless) - harmful_i`.
     """
-    differences = _differences(harmful, harmless)
+    differences = _differences(harmful, harmless, paired)
     norms = differences.norm(dim=1)
     # quantile, not median: torch's median of an even count is the lower of the two middle values
     return differences[norms >= norms.quantile(0.5)].mean(dim=0)
 
 
-def principal_component(harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
+def principal_component(harmful: torch.Tensor, harmless: torch.Tensor, paired: bool) -> torch.Tensor:
     """First principal component (uncentred) of the differences, signed and scaled like their mean.
 
     `w = v (v . mean(d))` with v the top right singular vector of `d` (as in repeng and RepE, arXiv 2310.01405).
     """
-    differences = _differences(harmful, harmless)
+    differences = _differences(harmful, harmless, paired)
     _, _, right = torch.linalg.svd(differences, full_matrices=False)
     component: torch.Tensor = right[0]
     return component * (component @ differences.mean(dim=0))
@@ -117,13 +115,18 @@ def shrink(directions: torch.Tensor, amount: float) -> torch.Tensor:
     return towards(directions, common, amount)
 
 
-def direction(method: Method, harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
-    """The direction of `method`. Raises `SafeSteerError` for an unknown method, empty input or no difference at all."""
+def direction(method: Method, harmful: torch.Tensor, harmless: torch.Tensor, *, paired: bool) -> torch.Tensor:
+    """The direction of `method`. Raises `SafeSteerError` for an unknown method, empty input or no difference at all.
+
+    `paired`: see above. Raises `ValueError` for pairs of which one side is missing.
+    """
     if method not in DIRECTIONS:
         raise SafeSteerError(f"unknown method {method!r}; use {', '.join(METHODS)}")
     if harmful.shape[0] == 0 or harmless.shape[0] == 0:
         raise SafeSteerError("a direction needs at least one harmful and one harmless prompt")
-    result = DIRECTIONS[method](harmful.float(), harmless.float())
+    if paired and harmful.shape != harmless.shape:
+        raise ValueError(f"{len(harmful)} harmful and {len(harmless)} harmless prompts are no pairs")
+    result = DIRECTIONS[method](harmful.float(), harmless.float(), paired)
     if not bool(torch.isfinite(result).all()) or float(result.norm()) == 0.0:
         raise SafeSteerError("the harmful and harmless activations do not differ; use other prompts or another layer")
     return result

@@ -210,7 +210,9 @@ class Activated:
         values = self.activations[slot]
         harmful = [row.kind == "harmful" and row.category == name for row in self.rows]
         against = [row.kind == harmless and row.category in (name, None) for row in self.rows]
-        vector = direction(chosen.method, values[torch.tensor(harmful)], values[torch.tensor(against)])
+        sides = values[torch.tensor(harmful)], values[torch.tensor(against)]
+        # Counterparts stand in the order of their prompts; other harmless prompts belong to none.
+        vector = direction(chosen.method, *sides, paired=harmless == "matched")
         if not chosen.clip:
             return vector, 0.0
         result = clip_massive(vector, values.abs().mean(dim=0))
