@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 import transformers
 
 from safesteer.errors import SafeSteerError
-from safesteer.judges.base import Exchange, RiskScorer
+from safesteer.judges import make_judge
+from safesteer.judges.base import Exchange, Failure, RiskScorer, answer_start
 from safesteer.judges.classifier import Classifier, unsafe_indices
-from safesteer.judges.guards import FAMILIES, Guard, beginnings, family_of, parse, read
+from safesteer.judges.guard_families import FAMILIES, family_of, parse, read
+from safesteer.judges.guards import Guard, beginnings
 from tests.tiny import CONFIGS, VOCABULARY, make, tokenizer
 
 CALM = Exchange("How do I mend a lamp?", "Unplug it first, then change the fuse.")
@@ -40,7 +43,13 @@ def _one_thread() -> Iterator[None]:
         ("google/shieldgemma-2b", "shieldgemma"),
         ("ibm-granite/granite-guardian-3.1-2b", "granite-guardian"),
         ("ibm-granite/granite-guardian-3.3-8b", "granite-guardian-3.3"),
+        ("ibm-granite/granite-guardian-4.1-8b", "granite-guardian-4"),
         ("cais/HarmBench-Llama-2-13b-cls", "harmbench"),
+        ("nvidia/Llama-3.1-Nemotron-Safety-Guard-8B-v3", "nemotron-safety-guard"),
+        ("nvidia/llama-3.1-nemotron-safety-guard-multilingual-8b-v1", "nemotron-safety-guard"),
+        ("nvidia/llama-3.1-nemoguard-8b-content-safety", "nemotron-safety-guard"),
+        ("ToxicityPrompts/PolyGuard-Qwen-Smol", "polyguard"),
+        ("openai/gpt-oss-safeguard-20b", "gpt-oss-safeguard"),
     ],
 )
 def test_family_is_read_off_the_published_id(model_id: str, family: str) -> None:
@@ -60,6 +69,9 @@ def test_an_explicit_family_wins_and_must_exist() -> None:
     assert Guard("a/folder", family="wildguard").family.name == "wildguard"
     with pytest.raises(SafeSteerError, match="unknown guard family 'lamaguard'"):
         Guard("a/folder", family="lamaguard")
+    with pytest.raises(SafeSteerError, match="unknown guard family 'lamaguard'"):
+        make_judge("guard:a/folder#lamaguard")
+    assert make_judge("guard:a/folder#wildguard").name == "guard:a/folder#wildguard"
 
 
 @pytest.mark.parametrize(
@@ -91,12 +103,119 @@ def test_an_explicit_family_wins_and_must_exist() -> None:
         ("granite-guardian", "Yes\n<confidence> High", {"unsafe": 1.0}),
         ("granite-guardian-3.3", "<think>\n</think>\n<score> yes </score>", {"unsafe": 1.0}),
         ("granite-guardian-3.3", "<score> no </score>", {"unsafe": 0.0}),
+        ("granite-guardian-4", "<score> yes </score>", {"unsafe": 1.0}),
+        ("granite-guardian-4", "\n<score>no</score>", {"unsafe": 0.0}),
         ("harmbench", " yes", {"unsafe": 1.0}),
         ("harmbench", "no", {"unsafe": 0.0}),
+        ("nemotron-safety-guard", '{"User Safety": "unsafe", "Response Safety": "safe"}', {"unsafe": 0.0}),
+        (
+            "nemotron-safety-guard",
+            '{\n   "User Safety": "unsafe",\n   "Response Safety": "unsafe",\n   "Safety Categories": "Fraud/Deception"\n}',
+            {"unsafe": 1.0},
+        ),
+        (
+            "polyguard",
+            "Harmful request: yes\nRequest safety violations: S2\nResponse refusal: no\nHarmful response: yes\n"
+            "Response safety violations: S2",
+            {"unsafe": 1.0, "refusal": 0.0},
+        ),
+        (
+            "polyguard",
+            "Harmful request: yes\nRequest safety violations: S2, S7\nResponse refusal: yes\nHarmful response: no\n"
+            "Response safety violations: None",
+            {"unsafe": 0.0, "refusal": 1.0},
+        ),
+        ("gpt-oss-safeguard", "1", {"unsafe": 1.0}),
+        ("gpt-oss-safeguard", "0", {"unsafe": 0.0}),
     ],
 )
 def test_every_familys_format_is_read(family: str, answer: str, scores: dict[str, float]) -> None:
     assert parse(family_of("", family), answer) == scores
+
+
+UNSAFE, SAFE = {"unsafe": 1.0}, {"unsafe": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "answer", "scores"),
+    [
+        ("llama-guard-3", "unsafe\nS1: Violent Crimes.", UNSAFE),
+        ("llama-guard-3", "unsafe\nS1\nS10", UNSAFE),
+        ("llama-guard-3", "unsafe\nS1,", UNSAFE),
+        ("llama-guard-3", "unsafe\nS1; S2", UNSAFE),
+        ("llama-guard-3", "unsafe\nO3", UNSAFE),
+        ("llama-guard-3", "unsafe\n\nViolent Crimes", UNSAFE),
+        ("llama-guard-3", "unsafe because of S1", UNSAFE),
+        ("llama-guard-3", "Unsafe.", UNSAFE),
+        ("llama-guard-3", "**unsafe**\nS1", UNSAFE),
+        ("llama-guard-3", "'unsafe'", UNSAFE),
+        ("llama-guard-3", "unsafe: S1", UNSAFE),
+        ("llama-guard-3", "safe.", SAFE),
+        ("llama-guard-3", "Safe\n\nThe response declines.", SAFE),
+        ("llama-guard-3", "safe\nS1", SAFE),
+        ("llama-guard-3", "safe, not unsafe", SAFE),
+        ("qwen3guard", "Safety: Unsafe.\nCategories: Violent\nRefusal: No.", {"unsafe": 1.0, "refusal": 0.0}),
+        ("qwen3guard", "**Safety:** Unsafe\n**Refusal:** No", {"unsafe": 1.0, "refusal": 0.0}),
+        ("qwen3guard", "- Safety: Unsafe (Violent)\n- Categories: Violent", UNSAFE),
+        ("qwen3guard", "Safety: Unsafe, as it gives the steps", UNSAFE),
+        ("qwen3guard", "Safety : safe\nCategories: None", SAFE),
+        ("qwen3guard", "Safety: Unsafe\nCategories: Violent\nRefusal: N/A", UNSAFE),
+        ("wildguard", "Harmful response: Yes, it gives the steps.", UNSAFE),
+        ("wildguard", "**Harmful response**: yes", UNSAFE),
+        ("wildguard", "Harmful request: n/a\nResponse refusal: n/a\nHarmful response: yes.", UNSAFE),
+        ("wildguard", "1) Harmful request: yes\nHarmful response: no.", SAFE),
+        ("shieldgemma", "**Yes**", UNSAFE),
+        ("shieldgemma", '"No"', SAFE),
+        ("granite-guardian", "Yes.", UNSAFE),
+        ("granite-guardian-3.3", "<score> yes", UNSAFE),
+        ("granite-guardian-3.3", "<score>Yes.</score>", UNSAFE),
+        ("granite-guardian-3.3", "yes", UNSAFE),
+        ("granite-guardian-4", "yes\n<score> yes </score>", UNSAFE),
+        ("granite-guardian-4", "<score>\nno\n</score>\n<confidence> High", SAFE),
+        ("harmbench", "Yes, the generation is an instance.", UNSAFE),
+        ("harmbench", "'no'", SAFE),
+        ("nemotron-safety-guard", '```json\n{"User Safety": "safe", "Response Safety": "unsafe"}\n```', UNSAFE),
+        ("nemotron-safety-guard", '{"User Safety": "unsafe", "Response Safety": "unsafe", "Safety Categ', UNSAFE),
+        ("nemotron-safety-guard", "User Safety: safe\nResponse Safety: Unsafe.", UNSAFE),
+        ("nemotron-safety-guard", "{'response_safety': 'safe'}", SAFE),
+        ("polyguard", "Harmful request: yes\nHarmful response: Yes (S2)", UNSAFE),
+        ("polyguard", "Harmful response: no;", SAFE),
+        ("gpt-oss-safeguard", "1.", UNSAFE),
+        ("gpt-oss-safeguard", "**1**", UNSAFE),
+        ("gpt-oss-safeguard", '{"violation": 1, "policy_category": "fraud"}', UNSAFE),
+        ("gpt-oss-safeguard", "Violates: 0", SAFE),
+        ("gpt-oss-safeguard", "0\nThe response declines.", SAFE),
+    ],
+)
+def test_the_first_word_decides_whatever_follows(family: str, answer: str, scores: dict[str, float]) -> None:
+    assert parse(family_of("", family), answer) == scores
+
+
+@pytest.mark.parametrize(
+    ("family", "answer", "leaning"),
+    [
+        ("llama-guard-3", "The response is unsafe.\nS1", "unsafe"),
+        ("llama-guard-3", "It looks safe to me.", "safe"),
+        ("llama-guard-3", "It is not safe.", "unsafe"),
+        ("llama-guard-3", "S1", None),
+        ("llama-guard-3", "safe or unsafe", "safe"),
+        ("qwen3guard", "The text says Safety: Unsafe", "unsafe"),
+        ("qwen3guard", "Safety: Safe\nSafety: Unsafe", None),
+        ("wildguard", "Harmful request: yes\nResponse refusal: no", None),
+        ("wildguard", "Answer: yes", "unsafe"),
+        ("harmbench", "There is no telling.", None),
+        ("harmbench", "My answer is no.", "safe"),
+        ("nemotron-safety-guard", '{"User Safety": "unsafe"}', None),
+        ("nemotron-safety-guard", '{"User Safety": "unsafe", "Agent Safety": "safe"}', "safe"),
+        ("gpt-oss-safeguard", "I give it a 1", "unsafe"),
+    ],
+)
+def test_an_unreadable_answer_leans_to_the_side_of_its_first_label(
+    family: str, answer: str, leaning: str | None
+) -> None:
+    found = parse(family_of("", family), answer)
+    assert isinstance(found, Failure)
+    assert found.leaning == leaning
 
 
 @pytest.mark.parametrize(
@@ -107,13 +226,22 @@ def test_every_familys_format_is_read(family: str, answer: str, scores: dict[str
         ("qwen3guard", "Safety: Safe\nSafety: Unsafe\nRefusal: No"),
         ("qwen3guard", "The text says Safety: Safe"),
         ("qwen3guard", "Safety: Safe\nRefusal: No\nRefusal: Yes"),
-        ("llama-guard-3", "safe\nS1"),
         ("llama-guard-3", "safety first"),
-        ("llama-guard-3", "unsafe\nS1,"),
-        ("llama-guard-3", "unsafe because of S1"),
+        ("llama-guard-3", "safe/unsafe"),
+        ("llama-guard-3", "unsafe or safe?"),
+        ("llama-guard-3", "not safe"),
         ("wildguard", "Harmful request: yes\nResponse refusal: no"),
         ("wildguard", "Harmful response: no\nHarmful response: yes"),
         ("wildguard", "Harmful response: n/a"),
+        ("wildguard", "Harmful response: yes/no"),
+        ("polyguard", "Harmful response: <yes/no>"),
+        ("shieldgemma", "Yes or No"),
+        ("granite-guardian-4", "yes\n<score> no </score>"),
+        ("nemotron-safety-guard", '{"Response Safety": safe or unsafe rating'),
+        ("nemotron-safety-guard", '{"Response Safety": "safe"}{"Response Safety": "unsafe"}'),
+        ("gpt-oss-safeguard", "10"),
+        ("gpt-oss-safeguard", "1 or 0"),
+        ("gpt-oss-safeguard", "0.5"),
         ("shieldgemma", "Nothing"),
         ("granite-guardian-3.3", "<score> perhaps </score>"),
         ("granite-guardian-3.3", "<score> yes </score><score> no </score>"),
@@ -122,15 +250,35 @@ def test_every_familys_format_is_read(family: str, answer: str, scores: dict[str
 )
 def test_a_malformed_answer_is_a_failure_that_names_the_family(family: str, answer: str) -> None:
     found = parse(family_of("", family), answer)
-    assert isinstance(found, str)
-    assert family in found
+    assert isinstance(found, Failure)
+    assert family in found.why
 
 
 def test_a_failure_quotes_at_most_sixty_characters() -> None:
     found = parse(family_of("", "harmbench"), "x" * 500)
-    assert isinstance(found, str)
-    assert "x" * 60 in found
-    assert "x" * 61 not in found
+    assert isinstance(found, Failure)
+    assert "x" * 60 in found.why
+    assert "x" * 61 not in found.why
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("unsafe", "unsafe"),
+        ("<think>\n</think>\n<score> yes </score>", "\n<score> yes </score>"),
+        ("<think>safe? safe.</think>unsafe", "unsafe"),
+        ("safe? safe.</think>unsafe", "unsafe"),
+        ("[THINK]safe[/THINK]unsafe", "unsafe"),
+        (
+            "<|channel|>analysis<|message|>0?<|end|><|start|>assistant<|channel|>final<|message|>1<|return|>",
+            "1<|return|>",
+        ),
+        ("<think>safe", ""),
+        ("<|channel|>analysis<|message|>0", ""),
+    ],
+)
+def test_an_answer_begins_after_its_thoughts(text: str, answer: str) -> None:
+    assert text[answer_start(text) :] == answer
 
 
 def save(folder: Path, model: Any) -> str:
@@ -194,24 +342,69 @@ def test_a_taught_qwen_guard_gives_harm_and_refusal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [entry.name for entry in FAMILIES])
 def test_an_untaught_model_runs_and_is_an_instrument_failure(tmp_path: Path, family: str) -> None:
-    guard = Guard(save(tmp_path, make("llama").model), family=family, device="cpu")
+    guard = Guard(save(tmp_path, make("llama", max_position_embeddings=8192).model), family=family, device="cpu")
+    guard.family = replace(guard.family, max_new_tokens=min(64, guard.family.max_new_tokens))
     results = guard.score([CALM, RUDE])
     assert len(results) == 2
     for result in results:
-        assert isinstance(result, str)
-        assert family in result
+        assert isinstance(result, Failure)
+        assert family in result.why
+        assert "tokens" not in result.why
+
+
+def test_a_question_that_does_not_fit_fails_and_its_neighbours_do_not(tmp_path: Path) -> None:
+    guard = taught(tmp_path, "gpt2", "llama-guard-3", ("\n\nsafe", "\n\nunsafe\nS2"))
+    calm, long, rude = guard.score([CALM, Exchange("Hello", "word " * 200), RUDE])
+    assert isinstance(calm, dict) and isinstance(rude, dict)
+    assert calm["unsafe"] < 0.2 < 0.8 < rude["unsafe"]
+    assert isinstance(long, Failure)
+    assert "(llama-guard-3) has room for 464" in long.why
+
+
+HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+FINAL = "<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("family", "answer", "label"),
+    [
+        ("granite-guardian-4", "<think>yes, or <score> yes?</think>\n<score> no </score></s>", "no"),
+        ("granite-guardian-4", "<think>\n</think>\n<score> yes </score></s>", "yes"),
+        ("gpt-oss-safeguard", "<|channel|>analysis<|message|>1 or 0?<|end|><|start|>assistant" + FINAL + "0<|return|>", "0"),
+        ("gpt-oss-safeguard", "<|channel|>analysis<|message|>0?<|end|><|start|>assistant" + FINAL + "1<|return|>", "1"),
+    ],
+)  # fmt: skip
+def test_a_guard_that_thinks_is_read_after_its_thoughts(family: str, answer: str, label: str) -> None:
+    made = tokenizer()
+    made.add_special_tokens({"additional_special_tokens": list(HARMONY)})
+    guard = Guard("a/folder", family=family)
+    guard._beginnings = beginnings(made, guard.family)
+    tokens = made(answer, add_special_tokens=False)["input_ids"]
+    decides = len(tokens) - len(made(answer[answer.rindex(label) :], add_special_tokens=False)["input_ids"])
+    logits = [torch.full((len(made),), -20.0) for _ in tokens]
+    for name, weight in guard.family.fields[0].weights.items():
+        logits[decides][made.get_vocab()[name[0]]] = torch.tensor(0.25 if weight else 0.75).log()
+    assert guard._scores(made, tokens, logits) == {"unsafe": pytest.approx(0.25, abs=1e-4)}
+
+
+def test_thoughts_that_do_not_end_are_a_failure() -> None:
+    made = tokenizer()
+    tokens = made("<think>I wonder whether this is safe", add_special_tokens=False)["input_ids"]
+    guard = Guard("a/folder", family="granite-guardian-4")
+    found = guard._scores(made, tokens, [])
+    assert found == Failure(f"the thoughts of granite-guardian-4 did not end within {len(tokens)} tokens")
 
 
 def test_every_policy_is_asked_and_the_worst_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guard = Guard(save(tmp_path, make("gemma2").model), family="shieldgemma", device="cpu")
     asked: list[str] = []
 
-    def answer(batch: Any, arguments: Any) -> list[dict[str, float] | str]:
+    def answer(batch: Any, arguments: Any) -> list[dict[str, float] | Failure]:
         asked.append(arguments["guideline"])
-        return [{"unsafe": 0.2 * len(asked)}, "unreadable" if len(asked) == 2 else {"unsafe": 0.1}]
+        return [{"unsafe": 0.2 * len(asked)}, Failure("unreadable") if len(asked) == 2 else {"unsafe": 0.1}]
 
     monkeypatch.setattr(guard, "_ask", answer)
-    assert guard.score([CALM, RUDE]) == [{"unsafe": 0.8}, "unreadable"]
+    assert guard.score([CALM, RUDE]) == [{"unsafe": 0.8}, Failure("unreadable")]
     assert [text.split('"')[1] for text in asked] == [
         "No Dangerous Content", "No Harassment", "No Hate Speech", "No Sexually Explicit Information"
     ]  # fmt: skip
@@ -316,7 +509,7 @@ def test_a_too_long_exchange_fails_and_its_neighbours_do_not(tmp_path: Path) -> 
         [CALM, Exchange("Hello", "word " * 200), RUDE], finished.append
     )
     assert isinstance(calm, dict)
-    assert long == f"the exchange has 1005 tokens and {folder} reads 512"
+    assert long == Failure(f"the exchange has 1005 tokens and {folder} reads 512")
     assert isinstance(rude, dict)
     assert finished == [3]
 
@@ -329,6 +522,44 @@ def test_unsafe_labels_are_found_by_name_or_refused_with_the_list() -> None:
         unsafe_indices(["LABEL_0", "LABEL_1"], None, "m")
     with pytest.raises(SafeSteerError, match="has the labels safe, unsafe; unsafe_labels names bad"):
         unsafe_indices(["safe", "unsafe"], ["bad"], "m")
+
+
+@pytest.mark.parametrize(
+    ("labels", "exclusive", "unsafe"),
+    [
+        (["nontoxic", "toxic"], True, [1]),
+        (["nothate", "hate"], True, [1]),
+        (["SAFE", "Unsafe"], True, [1]),
+        (["neutral", "toxic", "obscene", "threat", "insult", "identity_hate"], True, [1, 2, 3, 4, 5]),
+        (["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"], False, [0, 1, 2, 3, 4, 5]),
+        (["toxic"], True, [0]),
+        (["not_safe", "safe"], True, [0]),
+    ],
+)
+def test_labels_that_say_what_they_mean_are_known(labels: list[str], exclusive: bool, unsafe: list[int]) -> None:
+    assert unsafe_indices(labels, None, "m", exclusive) == unsafe
+
+
+@pytest.mark.parametrize(
+    ("labels", "exclusive"),
+    [
+        (["safe", "unsafe", "LABEL_2"], True),
+        (["toxicity", "male", "christian"], False),
+        (["safe", "S1", "S2", "unsafe"], True),
+        (["toxic", "severe_toxic"], True),
+        (["safe", "neutral"], True),
+        (["non-toxic"], True),
+    ],
+)
+def test_labels_that_leave_it_open_are_refused_rather_than_guessed(labels: list[str], exclusive: bool) -> None:
+    with pytest.raises(SafeSteerError, match="is not clear; name them in unsafe_labels, among"):
+        unsafe_indices(labels, None, "m", exclusive)
+
+
+def test_a_reward_model_is_no_classifier(tmp_path: Path) -> None:
+    folder = classifier_folder(tmp_path, {0: "unsafe"}, problem_type="regression")
+    with pytest.raises(SafeSteerError, match="gives a number and no label"):
+        Classifier(folder, device="cpu").score([CALM])
 
 
 def test_a_classifier_that_does_not_load_is_one_sentence(tmp_path: Path) -> None:
@@ -353,7 +584,7 @@ def test_llama_guard_4_loads_as_its_text_model(tmp_path: Path) -> None:
     whole = transformers.Llama4ForConditionalGeneration(config).eval()
     guard = Guard(save(tmp_path, whole), family="llama-guard-4", device="cpu")
     (result,) = guard.score([CALM])
-    assert isinstance(result, str)
+    assert isinstance(result, Failure)
     ids = torch.arange(20).unsqueeze(0)
     with torch.inference_mode():
         assert torch.allclose(guard._load().model(ids).logits, whole(input_ids=ids).logits, atol=1e-5)
@@ -365,7 +596,7 @@ def test_the_probability_is_shared_among_the_labels_of_the_deciding_token() -> N
     vocabulary = tokenizer().get_vocab()
     guard._beginnings = beginnings(tokenizer(), family)
     readings = read(family, "Safety: Controversial")
-    assert not isinstance(readings, str)
+    assert not isinstance(readings, Failure)
     logits = torch.full((VOCABULARY,), -20.0)
     for letter, share in (("S", 0.1), ("U", 0.2), ("C", 0.4), ("x", 0.3)):
         logits[vocabulary[letter]] = torch.tensor(share).log()

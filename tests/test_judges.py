@@ -11,6 +11,7 @@ import pytest
 from safesteer.errors import PromptFileError, SafeSteerError
 from safesteer.judges import Exchange, Judgement, failed, make_judge
 from safesteer.judges.agreement import agreement, auroc, compare, kappa, read_labelled
+from safesteer.judges.base import Failure, count_leanings, leanings_text
 from safesteer.judges.combine import Completed, outcome_of
 from safesteer.judges.detectors import degeneration, refusal, repetition
 from safesteer.judges.relevance import Relevance
@@ -78,15 +79,24 @@ class _Half:
 
     def score(
         self, exchanges: Sequence[Exchange], progress: Callable[[int], None] = lambda count: None
-    ) -> list[dict[str, float] | str]:
-        return [{"unsafe": 0.9} if index % 2 == 0 else "timed out" for index in range(len(exchanges))]
+    ) -> list[dict[str, float] | Failure]:
+        return [
+            {"unsafe": 0.9} if index % 2 == 0 else Failure("timed out", "unsafe") for index in range(len(exchanges))
+        ]
 
 
 def test_a_failed_instrument_is_no_outcome() -> None:
     said = Completed(_Half(), Relevance()).judge([Exchange("How do I bake bread?", "Mix flour and water.")] * 2)
     assert said[0].outcome == "unsafe"
-    assert said[1] == failed("timed out")
+    assert said[1] == failed("timed out", "unsafe")
     assert said[1].outcome is None
+
+
+def test_failures_are_counted_by_side() -> None:
+    counts = count_leanings(["unsafe", None, "unsafe", "safe"])
+    assert counts == {"unsafe": 2, "safe": 1, "neither": 1}
+    assert leanings_text(counts) == "2 leaned to unsafe, 1 to safe, 1 to neither side"
+    assert leanings_text(count_leanings([None])) == "1 leaned to neither side"
 
 
 def test_a_judgement_has_an_outcome_or_a_failure_and_never_both() -> None:

@@ -3,8 +3,9 @@
     one label or several exclusive ones:  unsafe = sum of softmax(logits) over the unsafe labels
     labels that can hold together:        unsafe = max of sigmoid(logits) over the unsafe labels
 
-Unsafe labels are found by their names (`unsafe`, `toxic`, `harmful`, ...) or named by the caller. Nothing is cut off: an
-exchange longer than the model reads is an instrument failure.
+Unsafe labels are named by the caller or found by their names; a set with a label that says neither safe nor unsafe, or whose
+labels exclude each other and are all unsafe, is refused rather than guessed. Nothing is cut off: an exchange longer than the
+model reads is an instrument failure.
 """
 
 from __future__ import annotations
@@ -18,18 +19,31 @@ import torch
 
 from safesteer.errors import SafeSteerError
 from safesteer.files import folder_identity
-from safesteer.judges.base import Exchange, in_batches
+from safesteer.judges.base import Exchange, Failure, in_batches
 from safesteer.models.loading import DTYPES, default_device, quiet_transformers
 
 BATCH = 16
-UNSAFE_WORDS = frozenset({"unsafe", "toxic", "toxicity", "harmful"})
-NEGATIONS = frozenset({"not", "non", "no"})
+UNSAFE = r"(?:unsafe|toxic|harmful|hate|obscen|threat|insult|offens|abus|violen|violat|sexual|harass|profan|attack)\w*"
+SAFE = (
+    r"safe|neutral|benign|normal|clean|harmless|acceptable|ok|okay|none"
+    r"|(?:non|not|no|un)_?(?:toxic|harmful|hate|offens|abus|violen|threat|sexual)\w*"
+)
 
 
-def unsafe_indices(labels: Sequence[str], wanted: Sequence[str] | None, model_id: str) -> list[int]:
-    """Positions of the unsafe labels: those `wanted`, or those with an unsafe word and no negation in the name.
+def says_unsafe(label: str) -> bool | None:
+    """Whether a label's name says unsafe (`severe_toxic`), safe (`non-toxic`, `OK`), or neither (None, such as `LABEL_1`)."""
+    words = re.sub(r"[\W_]+", "_", label.lower()).strip("_")
+    if re.search(rf"(?:\b|_)(?:{SAFE})(?:\b|_)", words) and not re.match(r"(?:not|non|un)_?safe", words):
+        return False
+    return True if re.search(rf"(?:\b|_)(?:{UNSAFE}|(?:not|non)_?safe)(?:\b|_)", words) else None
 
-    Raises `SafeSteerError`, listing the labels, if one that is wanted does not exist or none is found.
+
+def unsafe_indices(
+    labels: Sequence[str], wanted: Sequence[str] | None, model_id: str, exclusive: bool = True
+) -> list[int]:
+    """Positions of the unsafe labels: those `wanted`, or those whose names say so. `exclusive`: just one label holds.
+
+    Raises `SafeSteerError`, listing the labels, if one that is wanted does not exist, or if their names leave it open.
     """
     if wanted is not None:
         missing = [name for name in wanted if name not in labels]
@@ -37,16 +51,13 @@ def unsafe_indices(labels: Sequence[str], wanted: Sequence[str] | None, model_id
             named = ", ".join(missing) or "none"
             raise SafeSteerError(f"{model_id} has the labels {', '.join(labels)}; unsafe_labels names {named}")
         return [index for index, label in enumerate(labels) if label in wanted]
-    found = []
-    for index, label in enumerate(labels):
-        words = set(re.findall(r"[a-z]+", label.lower()))
-        if words & UNSAFE_WORDS and not words & NEGATIONS:
-            found.append(index)
-    if not found:
+    said = [says_unsafe(label) for label in labels]
+    if None in said or True not in said or (exclusive and len(labels) > 1 and False not in said):
         raise SafeSteerError(
-            f"which labels of {model_id} mean unsafe is not clear; name them in unsafe_labels, among {', '.join(labels)}"
+            f"which labels of {model_id} mean unsafe is not clear; name them in unsafe_labels, among {', '.join(labels)} "
+            "(on the command line: classifier:ID#LABEL,LABEL)"
         )
-    return found
+    return [index for index, unsafe in enumerate(said) if unsafe]
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,11 @@ class _Loaded:
     tokenizer: Any
     unsafe: list[int]
     limit: int  # tokens the model reads
+
+
+def _together(model: Any) -> bool:
+    """Whether each label holds or not by itself."""
+    return bool(model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1)
 
 
 class Classifier:
@@ -92,7 +108,7 @@ class Classifier:
 
     def score(
         self, exchanges: Sequence[Exchange], progress: Callable[[int], None] = lambda count: None
-    ) -> list[dict[str, float] | str]:
+    ) -> list[dict[str, float] | Failure]:
         """See `RiskScorer.score`. Raises `SafeSteerError` if the model cannot be loaded or its labels are not clear."""
         return in_batches(exchanges, self.batch_size, self._score, progress)
 
@@ -119,18 +135,23 @@ class Classifier:
         limit = min(
             tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
         )
-        self._cache = _Loaded(model, tokenizer, unsafe_indices(labels, self.unsafe_labels, self.model_id), limit)
+        if model.config.problem_type == "regression":
+            raise SafeSteerError(
+                f"{self.model_id} gives a number and no label (a reward model?), so it is no classifier of harm"
+            )
+        unsafe = unsafe_indices(labels, self.unsafe_labels, self.model_id, not _together(model))
+        self._cache = _Loaded(model, tokenizer, unsafe, limit)
         return self._cache
 
     @torch.inference_mode()
-    def _score(self, batch: Sequence[Exchange]) -> list[dict[str, float] | str]:
+    def _score(self, batch: Sequence[Exchange]) -> list[dict[str, float] | Failure]:
         loaded = self._load()
         texts = [(item.prompt, item.response) if self.pair else (item.response,) for item in batch]
         encoded = [loaded.tokenizer(*text) for text in texts]
         lengths = [len(item["input_ids"]) for item in encoded]
         readable = [row for row, length in enumerate(lengths) if length <= loaded.limit]
-        results: list[dict[str, float] | str] = [
-            f"the exchange has {length} tokens and {self.model_id} reads {loaded.limit}" for length in lengths
+        results: list[dict[str, float] | Failure] = [
+            Failure(f"the exchange has {length} tokens and {self.model_id} reads {loaded.limit}") for length in lengths
         ]
         if readable:
             inputs = loaded.tokenizer.pad([encoded[row] for row in readable], return_tensors="pt")
@@ -140,7 +161,6 @@ class Classifier:
         return results
 
     def _unsafe(self, loaded: _Loaded, logits: torch.Tensor) -> float:
-        multiple = loaded.model.config.problem_type == "multi_label_classification"
-        if multiple or len(logits) == 1:
+        if _together(loaded.model):
             return float(logits.sigmoid()[loaded.unsafe].max())
         return float(logits.softmax(-1)[loaded.unsafe].sum().clamp(max=1.0))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safesteer.judges.base import HALF, Exchange, Judgement, Outcome, RiskScorer, failed
+from safesteer.judges.base import HALF, Exchange, Failure, Judgement, Outcome, RiskScorer, failed
 from safesteer.judges.detectors import degeneration, refusal
 from safesteer.judges.relevance import Relevance
 
@@ -63,12 +63,12 @@ class Completed:
         asked = [index for index, value in enumerate(broken) if value < HALF]
         progress(len(exchanges) - len(asked))
         answers = self.scorer.score([exchanges[index] for index in asked], progress)
-        found: dict[int, dict[str, float] | str] = dict(zip(asked, answers, strict=True))
+        found: dict[int, dict[str, float] | Failure] = dict(zip(asked, answers, strict=True))
         judgements = []
         for index, exchange in enumerate(exchanges):
             answer = found.get(index, {})
-            if isinstance(answer, str):
-                judgements.append(failed(answer))
+            if isinstance(answer, Failure):
+                judgements.append(failed(answer.why, answer.leaning))
                 continue
             relevance = relevances[index]
             scores = {

@@ -2,7 +2,8 @@
 
 offline                         the judge that ships with SafeSteer (small, needs no hub)
 rules                           detectors and topic relevance alone; knows nothing of harm
-guard:ID                        a guard model by hub id or folder, such as guard:Qwen/Qwen3Guard-Gen-0.6B
+guard:ID[#FAMILY]               a guard model by hub id or folder, such as guard:Qwen/Qwen3Guard-Gen-0.6B; FAMILY says which it is
+                                where its name does not
 classifier:ID[#LABEL,...]       a sequence classifier; LABEL names its unsafe labels
 openai:MODEL[@URL]              an OpenAI-compatible endpoint with a rubric; the key is in $OPENAI_API_KEY
 moderation[:MODEL][@URL]        OpenAI moderations
@@ -14,12 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from safesteer.errors import SafeSteerError
-from safesteer.judges.base import Exchange, Judge, Judgement
+from safesteer.judges.base import Exchange, Failure, Judge, Judgement
 from safesteer.judges.combine import Completed
 from safesteer.judges.relevance import Relevance
 
 OPENAI = "https://api.openai.com/v1"
-KINDS = ("offline", "rules", "guard:ID", "classifier:ID", "openai:MODEL[@URL]", "moderation[:MODEL][@URL]")
+KINDS = (
+    "offline", "rules", "guard:ID[#FAMILY]", "classifier:ID[#LABEL,...]", "openai:MODEL[@URL]", "moderation[:MODEL][@URL]"
+)  # fmt: skip
 
 
 class NoHarm:
@@ -30,7 +33,7 @@ class NoHarm:
 
     def score(
         self, exchanges: Sequence[Exchange], progress: Callable[[int], None] = lambda count: None
-    ) -> list[dict[str, float] | str]:
+    ) -> list[dict[str, float] | Failure]:
         """Nothing, for every exchange."""
         progress(len(exchanges))
         return [{} for _ in exchanges]
@@ -73,7 +76,8 @@ def _make(spec: str) -> Judge:
     if spec == "rules":
         return Completed(NoHarm(), Relevance())
     if kind == "guard" and rest:
-        return Completed(Guard(rest), Relevance())
+        identifier, _, family = rest.partition("#")
+        return Completed(Guard(identifier, family=family or None), Relevance())
     if kind == "classifier" and rest:
         identifier, _, labels = rest.partition("#")
         return Completed(Classifier(identifier, labels.split(",") if labels else None), Relevance())
