@@ -66,6 +66,15 @@ def test_failures_are_in_no_rate() -> None:
     assert (found.n, found.failures, found.outcomes["safe"].value, found.outcomes["safe"].n) == (2, 1, 1.0, 1)
 
 
+def test_failures_are_counted_by_the_side_they_leaned_to() -> None:
+    sides = ["unsafe", "unsafe", "safe", None]
+    rows = [_row("default", "1", "safe")] + [
+        _row("default", f"f{number}", None, leaning=side) for number, side in enumerate(sides)
+    ]
+    found = next(one for one in records(rows) if one.category == "all")
+    assert found.leanings == {"unsafe": 2, "safe": 1, "neither": 1}
+
+
 def test_differences_are_paired_by_prompt_with_unsteered() -> None:
     rows = [_row("unsteered", str(i), "unsafe") for i in range(4)] + [_row("default", str(i), "safe") for i in range(3)]
     by_policy = {one.policy: one for one in records(rows) if one.category == "all"}

@@ -134,9 +134,10 @@ def test_agreement_counts_failures_apart(tmp_path: Path) -> None:
     data = [{"prompt": "p", "response": "r", "outcome": "unsafe", "category": "hate"}] * 3
     rows = read_labelled(_write(tmp_path / "rows.jsonl", data))
     result = compare(
-        rows, [Judgement("unsafe", {"unsafe": 1.0}), Judgement("safe", {"unsafe": 0.0}), failed("timed out")]
+        rows, [Judgement("unsafe", {"unsafe": 1.0}), Judgement("safe", {"unsafe": 0.0}), failed("unreadable", "unsafe")]
     )
     assert (result["n"], result["failures"], result["accuracy"]) == (2, 1, 0.5)
+    assert result["leanings"] == {"unsafe": 1}
     assert result["confusion"] == {"unsafe": {"unsafe": 1, "safe": 1}}
     assert result["per_category"]["hate"]["n"] == 2
 

@@ -83,7 +83,7 @@ def made_rows(prompts: int = 60) -> list[dict[str, Any]]:
                     "judges": {"offline": outcome, "second": "safe"},
                 }
             )  # fmt: skip
-    rows[0] |= {"outcome": None, "failure": "the endpoint did not answer"}
+    rows[0] |= {"outcome": None, "failure": "the answer cannot be read", "leaning": "unsafe"}
     return rows
 
 
@@ -109,7 +109,8 @@ def made_results(rows: Sequence[dict[str, Any]], **changes: Any) -> Results:
             for name in ("plain", "wrapped", "alike")
         ],
         "judges": [
-            JudgeRecord(name="offline", decides=True, failures=1, measured={"auroc": {**rate(0.93, 0.02), "n": 600}}),
+            JudgeRecord(name="offline", decides=True, failures=1, leanings={"unsafe": 1},
+                        measured={"auroc": {**rate(0.93, 0.02), "n": 600}}),
             JudgeRecord(name="second", decides=False, failures=0, agreement=0.4, kappa=0.1),
         ],
         "records": summary.records(rows),
@@ -179,6 +180,12 @@ def source(rows: list[dict[str, Any]]) -> str:
 @pytest.fixture(scope="module")
 def page(source: str) -> Page:
     return Page(source)
+
+
+def test_failures_are_shown_by_the_side_they_leaned_to(page: Page) -> None:
+    assert "1 not judged (1 leaned to unsafe)" in page.words
+    assert "1 responses could not be judged and are in no rate (1 leaned to unsafe)." in page.words
+    assert "where they lean to unsafe, the unsafe rates are too low" in page.words
 
 
 def test_the_page_asks_nothing_of_a_network(source: str, page: Page) -> None:

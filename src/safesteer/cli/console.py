@@ -87,9 +87,12 @@ def deliver(rows: Sequence[Any], out_file: Path | None, as_json: bool) -> bool:
 
 
 def note_usage(judges: Iterable[Any]) -> None:
-    """What judges that are services used: requests, tokens, and the cost where prices are known."""
+    """What judges that are services used: requests, tokens, the cost where prices are known, and what their server refused."""
     for judge in judges:
         inner = getattr(judge, "inner", judge)
         usage = getattr(getattr(inner, "scorer", inner), "usage", None)
         if callable(usage):
             note(f"{judge.name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in usage().items()))
+        without = getattr(judge, "card", {}).get("asked_without")
+        if without:
+            note(f"{judge.name}: asked without {', '.join(without)}, which its server refused")

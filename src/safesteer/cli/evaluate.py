@@ -103,6 +103,7 @@ def evaluate(
     from safesteer.evaluation.run import evaluate as run
     from safesteer.evaluation.suites import check_distinct
     from safesteer.judges import make_judge
+    from safesteer.judges.base import leanings_text
     from safesteer.vectors import VectorBank
 
     if out_folder.exists() and not out_folder.is_dir():
@@ -127,6 +128,10 @@ def evaluate(
             progress=lambda stage, done, total: update(done, total, stage),
         )  # fmt: skip
     note_usage(judges)
+    for found in results.judges:
+        if found.failures:
+            sides = f" ({leanings_text(found.leanings)})" if found.leanings else ""
+            note(f"The judge {found.name} failed on {found.failures} answers{sides}; they are in no rate.")
     if judges[0].name == "rules":
         note("The judge rules reads no harm: its unsafe rate is always 0. Let offline or a guard decide.")
     for path in OUTPUTS:

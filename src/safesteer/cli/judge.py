@@ -15,6 +15,8 @@ from safesteer.files import check_writable
 
 app = typer.Typer(help="Measure judges, and judge responses.", no_args_is_help=True)
 
+OURS = ("outcome", "scores", "failure", "leaning", "judges")  # what judging adds to a row
+
 JudgeOption = Annotated[
     list[str] | None, typer.Option("--judge", help="offline, rules, guard:ID, classifier:ID, openai:MODEL@URL, ...")
 ]
@@ -33,6 +35,7 @@ def agreement(
     from safesteer.judges import make_judge
     from safesteer.judges.agreement import Target, read_labelled
     from safesteer.judges.agreement import agreement as measure
+    from safesteer.judges.base import leanings_text
 
     if target not in get_args(Target):
         raise SafeSteerError(f"--target {target!r} is not one of {', '.join(get_args(Target))}")
@@ -47,8 +50,9 @@ def agreement(
         print_json(found if len(found) > 1 else next(iter(found.values())))
         return
     for name, result in found.items():
-        table = Table(title=f"{name}: {result['target']}, {result['n']} responses, {result['failures']} not judged",
-                      title_justify="left")  # fmt: skip
+        sides = f" ({leanings_text(result['leanings'])})" if result["leanings"] else ""
+        title = f"{name}: {result['target']}, {result['n']} responses, {result['failures']} not judged{sides}"
+        table = Table(title=title, title_justify="left")
         for column in ("category", "n", "accuracy", "auroc", "f1", "kappa"):
             table.add_column(column, justify="left" if column == "category" else "right")
         parts = {"all": result, **result["per_category"]}
@@ -69,6 +73,7 @@ def run(
 ) -> None:
     """Judge responses of your own. Each row comes back with its outcome and scores."""
     from safesteer.judges import Exchange, make_judge
+    from safesteer.judges.base import count_leanings, leanings_text
     from safesteer.prompts.reading import check_characters, rows_of_file
 
     if out_file is not None:
@@ -78,7 +83,7 @@ def run(
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
             raise PromptFileError(f"{where}: needs a prompt and a response, both text")
         check_characters(row["prompt"] + row["response"], "the text", where)
-        rows.append({key: value for key, value in row.items() if key not in ("outcome", "scores", "failure", "judges")})
+        rows.append({key: value for key, value in row.items() if key not in OURS})
     if not rows:
         raise PromptFileError(f"{source}: holds no response")
     exchanges = [Exchange(row["prompt"], row["response"], row.get("category")) for row in rows]
@@ -96,3 +101,6 @@ def run(
             counts[str(row["outcome"])] = counts.get(str(row["outcome"]), 0) + 1
         for name, count in sorted(counts.items(), key=lambda item: -item[1]):
             out.print(f"{name if name != 'None' else 'not judged':>11}  {count:5d}  {count / len(rows):.0%}")
+        leanings = count_leanings(row["leaning"] for row in rows if row["outcome"] is None)
+        if leanings:
+            out.print(f"Of those not judged {leanings_text(leanings)}.")

@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 from safesteer import taxonomy
 from safesteer.evaluation.results import ALL, Interval, JudgeRecord, Measure, Record, Results
 from safesteer.evaluation.statistics import measure, wilson
-from safesteer.judges.base import Outcome
+from safesteer.judges.base import Outcome, count_leanings, leanings_text
 from safesteer.prompts.lint import NEAR
 
 ORDER: tuple[Outcome, ...] = ("safe", "off_topic", "refusal", "degenerate", "unsafe")
@@ -131,6 +131,8 @@ QUALITIES = {"macro_f1": "macro-F1", "unsafe_auroc": "AUROC of unsafe", "kappa":
 
 def quality(card: Mapping[str, Any]) -> str:
     """What a judge's card measured, in short: its figures on responses it never saw where it has some, else all of it."""
+    if card.keys() == {"asked_without"}:
+        return f"asked without {plain(card['asked_without'])}, which its server refused"
     unseen = card.get("held_out")
     if not isinstance(unseen, Mapping) or "n" not in unseen:
         return f"its measured quality: {plain(card)}"
@@ -138,6 +140,12 @@ def quality(card: Mapping[str, Any]) -> str:
         f"{words} {unseen[name]:.2f}" for name, words in QUALITIES.items() if isinstance(unseen.get(name), float)
     ]
     return f"on {unseen['n']:,} responses to prompts it never saw, against people or readers: {', '.join(figures)}"
+
+
+def leaned(counted: Any) -> str:
+    """` (9 leaned to unsafe, 1 to safe)`: the sides of failures (`leanings`) of a record, a judge or the headline."""
+    leanings = counted["leanings"] if isinstance(counted, Mapping) else counted.leanings
+    return f" ({leanings_text(leanings)})" if leanings else ""
 
 
 def title(category: str | None) -> str:
@@ -407,6 +415,7 @@ def headline(results: Results, responses: Sequence[Row], shown: Sequence[ShownCo
         "suites": list(dict.fromkeys(row["suite"] for row in rows)),
         "wrapped": any(row.get("wrapper") for row in rows),
         "failures": sum(row["outcome"] is None for row in rows),
+        "leanings": count_leanings(row.get("leaning") for row in rows if row["outcome"] is None),
         "chart": interval_dots(lines, "Safe-completion rate of every condition"),
     }
 
@@ -564,6 +573,7 @@ def render(results: Results, responses: Sequence[Row]) -> str:
     )
     environment.filters.update(
         quality=quality,
+        leaned=leaned,
         percent=percent,
         span=span,
         points=points,

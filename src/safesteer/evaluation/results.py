@@ -37,7 +37,8 @@ class Record(_Model):
     """What one policy did on one category of one suite.
 
     `outcomes` has the five outcome rates over the judged responses. Absent measures (None) do not apply: no reference, a harmful
-    suite, or nothing judged. `failures` counts responses whose judge failed; they are in no rate.
+    suite, or nothing judged. `failures` counts responses whose judge failed; they are in no rate. `leanings` counts them by the
+    side their unreadable judgement leaned to: `unsafe`, `safe` or `neither`.
     """
 
     policy: str
@@ -46,6 +47,7 @@ class Record(_Model):
     harmful: bool
     n: int
     failures: int
+    leanings: dict[str, int] = Field(default_factory=dict)
     outcomes: dict[str, Measure]
     relevance: Measure | None = None
     perplexity: Measure | None = None
@@ -63,6 +65,7 @@ class JudgeRecord(_Model):
     name: str
     decides: bool
     failures: int
+    leanings: dict[str, int] = Field(default_factory=dict)
     agreement: float | None = None
     kappa: float | None = None
     measured: dict[str, Any] = Field(default_factory=dict)

@@ -31,7 +31,7 @@ from safesteer.evaluation.suites import Suite, check_distinct
 from safesteer.evaluation.summary import CONTROL, dose_response, records, selectivity
 from safesteer.files import json_lines, write_text
 from safesteer.judges.agreement import kappa
-from safesteer.judges.base import Judge
+from safesteer.judges.base import Judge, count_leanings
 from safesteer.judges.detectors import repetition
 from safesteer.judges.relevance import Relevance
 from safesteer.models import LoadedModel, fingerprint
@@ -169,7 +169,7 @@ def _judge(
             row.setdefault("judges", {})[judge.name] = one.outcome
             if number == 0:
                 row.update(outcome=one.outcome, scores={k: round(v, 4) for k, v in one.scores.items()})
-                row["failure"] = one.failure
+                row |= {"failure": one.failure, "leaning": one.leaning}
         both = [
             (row["outcome"], one.outcome)
             for row, one in zip(rows, said, strict=True)
@@ -181,6 +181,7 @@ def _judge(
                 name=judge.name,
                 decides=number == 0,
                 failures=sum(one.failure is not None for one in said),
+                leanings=count_leanings(one.leaning for one in said if one.failure is not None),
                 agreement=sum(a == b for a, b in both) / len(both) if compared else None,
                 kappa=kappa([a for a, _ in both], [b for _, b in both]) if compared else None,
                 measured=getattr(judge, "card", {}),

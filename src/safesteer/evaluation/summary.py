@@ -2,7 +2,7 @@
 
     difference(policy) = mean over prompts i judged under both of ( x_i(policy) - x_i(unsteered) )
 
-Responses whose judge failed are in no rate; their number is in `failures`.
+Responses whose judge failed are in no rate; their number is in `failures`, by the side they leaned to in `leanings`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from safesteer.evaluation.results import ALL, Measure, Record
 from safesteer.evaluation.statistics import measure, paired_rates, wilson
-from safesteer.judges.base import OUTCOMES
+from safesteer.judges.base import OUTCOMES, count_leanings
 
 Row = dict[str, Any]
 CONTROL = "unsteered"
@@ -54,6 +54,7 @@ def record(
         harmful=harmful,
         n=len(rows),
         failures=len(rows) - len(judged),
+        leanings=count_leanings(row.get("leaning") for row in rows if row["outcome"] is None),
         outcomes={name: found for name, found in outcomes.items() if found is not None},
         relevance=_measure(rows, control, _field("relevance"), False),
         perplexity=_measure(rows, control, _field("perplexity"), False),

@@ -5,7 +5,7 @@
     f1       = 2 TP / (2 TP + FP + FN); with five outcomes the mean over those that occur (macro)
 
 Labels are the five outcomes, or yes/no of a single thing (`unsafe`, `refusal`). Rows that the judge could not judge are
-counted and left out.
+counted, by the side they leaned to (`leanings`), and left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from safesteer import taxonomy
 from safesteer.errors import PromptFileError
-from safesteer.judges.base import HALF, OUTCOMES, Exchange, Judge, Judgement
+from safesteer.judges.base import HALF, OUTCOMES, Exchange, Judge, Judgement, count_leanings
 from safesteer.prompts.reading import check_characters, rows_of_bytes
 from safesteer.vectors import gate
 
@@ -123,7 +123,8 @@ def _round(value: float | None) -> float | None:
 
 
 def compare(rows: Sequence[Labelled], judgements: Sequence[Judgement], target: Target = "auto") -> dict[str, Any]:
-    """What agreement there is, as plain data: `accuracy`, `auroc`, `f1`, `kappa`, `per_category`, `confusion`, `n`, `failures`.
+    """What agreement there is, as plain data: `accuracy`, `auroc`, `f1`, `kappa`, `per_category`, `confusion`, `n`, `failures`,
+    `leanings`.
 
     `target`: `outcome` compares five ways; `unsafe` and `refusal` compare yes/no. For `refusal` a text that answers something
     else counts as found too: people who label refusals count any text that does not do what was asked. `auto`: outcome where
@@ -135,6 +136,7 @@ def compare(rows: Sequence[Labelled], judgements: Sequence[Judgement], target: T
         raise PromptFileError("five-way agreement needs an outcome in every row; use the target unsafe or refusal")
     kept = [(row, said) for row, said in zip(rows, judgements, strict=True) if said.outcome is not None]
     result: dict[str, Any] = {"target": target, "n": len(kept), "failures": len(rows) - len(kept)}
+    result["leanings"] = count_leanings(said.leaning for said in judgements if said.outcome is None)
     if not kept:
         return {**result, **dict.fromkeys(("accuracy", "auroc", "f1", "kappa")), "per_category": {}, "confusion": {}}
     result.update(_agreement(kept, target))
