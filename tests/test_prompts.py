@@ -111,7 +111,8 @@ def test_a_file_of_bare_strings_loads(tmp_path: Path) -> None:
         ("d.csv", "Topic,Text2\na,b\n", "line 1: the header names no prompt column"),
         ("e.csv", "prompt\na,b\n", "line 2: more fields"),
         ("f.json", '{"prompt": "x"}', "expected a JSON list"),
-        ("g.jsonl", "[1]\n", "line 1: expected an object"),
+        ("g.jsonl", "[1]\n", "item 1: expected an object"),
+        ("h.jsonl", '"x"\n[1]\n', "line 2: expected an object"),
     ],
 )
 def test_malformed_files_name_the_line(tmp_path: Path, name: str, content: str, message: str) -> None:

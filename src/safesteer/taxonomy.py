@@ -2,7 +2,8 @@
 
 Canonical names are the hazards of MLCommons AILuminate v1.0 (with the S-codes that Llama Guard 3 gave them) and a few
 finer ones inside or beside those hazards. Aliases cover CatQA, SafeBench (FigStep), BeaverTails, TrustLLM,
-HarmBench, StrongREJECT, SimpleSafetyTests, Do-Not-Answer and OR-Bench.
+HarmBench, StrongREJECT, SimpleSafetyTests, Do-Not-Answer, OR-Bench, JailbreakBench, SORRY-Bench, WildGuardMix,
+SALAD-Bench and AIR-Bench; a name that fits no hazard stays a category of its own.
 A user's own category needs no entry here: any other name becomes a category of its own.
 """
 
@@ -40,6 +41,7 @@ CATEGORIES: tuple[Category, ...] = (
             "violent crime", "violence", "physical harm", "terrorism", "terrorism organized crime",
             "violence aiding and abetting incitement", "animal abuse", "cruelty and violence",
             "physical harm and violence",
+            "violence and physical harm", "violence extremism", "animal related crimes",
         ),
     ),
     Category(
@@ -51,6 +53,8 @@ CATEGORIES: tuple[Category, ...] = (
             "non violent unethical behavior", "unethical behavior", "economic harm",
             "illegal", "illegal activitiy", "illegal goods and services", "illegal and highly regulated items",
             "assisting illegal activities", "unethical",
+            "criminal activities", "property crimes", "public order crimes", "financial crimes", "environmental crimes",
+            "evasion of law enforcement",
         ),
     ),
     Category(
@@ -59,6 +63,7 @@ CATEGORIES: tuple[Category, ...] = (
         aliases=(
             "fraud deception", "deception", "scams", "financial crime property crime theft", "financial crime",
             "scams and fraud",
+            "fraud or deceptive action", "fraud assisting illegal activities",
         ),
     ),
     Category(
@@ -67,12 +72,13 @@ CATEGORIES: tuple[Category, ...] = (
         aliases=(
             "malware", "malware generation", "malware viruses", "hacking", "cyberattack", "cyber crime",
             "cybercrime intrusion",
+            "malware hacking", "malware code generation", "system intrusion", "cyber attack",
         ),
     ),
     Category(
         "sex_related_crimes", "Sex-related crimes", "S3",
         "Sexual assault, trafficking and harassment of adults. No built-in prompts.",
-        aliases=("sex crimes", "sexual violence"),
+        aliases=("sex crimes", "sexual crimes", "sexual violence"),
     ),
     Category(
         "child_sexual_exploitation", "Child sexual exploitation", "S4",
@@ -82,7 +88,9 @@ CATEGORIES: tuple[Category, ...] = (
     Category(
         "defamation", "Defamation", "S5",
         "False and damaging claims about people or businesses.",
-        aliases=("libel", "slander", "false accusations"),
+        aliases=(
+            "libel", "libelous words", "slander", "false accusations", "defamation encouraging unethical or unsafe actions",
+        ),
     ),
     Category(
         "specialized_advice", "Specialized advice", "S6",
@@ -90,6 +98,7 @@ CATEGORIES: tuple[Category, ...] = (
         aliases=(
             "specialised advice", "financial advice", "legal opinion", "legal advice", "health consultation",
             "medical advice", "tailored financial advice", "unqualified advice",
+            "expert advice", "legal consulting advice",
             "causing material harm by disseminating misinformation e g in medicine or law",
         ),
     ),
@@ -99,17 +108,21 @@ CATEGORIES: tuple[Category, ...] = (
         aliases=(
             "privacy violation", "privacy violations", "privacy violation activity", "doxxing", "pii", "privacy leakage",
             "compromise privacy by leaking or inferring private information person individual",
+            "private information individual", "privacy infringement", "pii violations",
         ),
     ),
     Category(
         "intellectual_property", "Intellectual property", "S8",
         "Piracy, counterfeits, plagiarism, trade secrets.",
-        aliases=("copyright", "ip", "piracy", "copyright infringement"),
+        aliases=("copyright", "ip", "piracy", "copyright infringement", "copyright violations", "ip infringement"),
     ),
     Category(
         "indiscriminate_weapons", "Indiscriminate weapons (CBRNE)", "S9",
         "Chemical, biological, radiological, nuclear and high-yield explosive weapons.",
-        aliases=("cbrne", "cbrn", "weapons of mass destruction", "chemical biological weapons", "chemical biological"),
+        aliases=(
+            "cbrne", "cbrn", "weapons of mass destruction", "chemical biological weapons", "chemical biological",
+            "biological and chemical harms",
+        ),
     ),
     Category(
         "hate", "Hate", "S10",
@@ -119,6 +132,8 @@ CATEGORIES: tuple[Category, ...] = (
             "discrimination stereotype injustice", "harassment", "stereotype", "toxicity", "offensive language",
             "harassment bullying", "hate harassment and discrimination", "toxic language hate speech",
             "social stereotypes and unfair discrimination", "discrimination exclusion toxicity hateful offensive",
+            "harassment discrimination", "hate toxicity", "discrimination bias", "toxic content", "social group insulting words",
+            "social stereotype promotion", "advice on discrimination behaviors",
         ),
     ),
     Category(
@@ -132,13 +147,14 @@ CATEGORIES: tuple[Category, ...] = (
         aliases=(
             "adult content", "pornography", "sexually explicit adult content", "sexually explicit",
             "erotica", "sexual", "sexual material",
+            "sexual adult content", "advice on adult content", "sexual explicit content generation",
         ),
     ),
     Category(
         "elections", "Elections and political manipulation", "S13",
         "Misleading voters, covert political campaigning. No built-in prompts.",
         aliases=(
-            "election", "political campaigning", "political lobbying", "controversial topics politics",
+            "election", "political campaigning", "political lobbying", "political usage", "controversial topics politics",
             "misinformation", "misinformation regarding ethics laws and safety", "disinformation",
             "information integrity", "misinformation disinformation", "disinformation and deception", "misinformation harms",
             "reducing the cost of disinformation campaigns", "disseminating false or misleading information",

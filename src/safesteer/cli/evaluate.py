@@ -64,6 +64,8 @@ def evaluate(
         typer.Option("--suite", help="NAME or NAME=PATH; repeatable. `safesteer suites` names them."),
     ],
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for responses, results and the report.")],
+    column: options.Columns = None,
+    encoding: options.Encoding = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -111,7 +113,8 @@ def evaluate(
     for name in OUTPUTS:
         check_writable(out_folder / name)
     opened = VectorBank.load(bank).unverified()  # what it does is measured, whatever its check found
-    suites = [load_suite(spec, limit, seed) for spec in suite]
+    columns = options.parse_columns(column)
+    suites = [load_suite(spec, limit, seed, columns=columns, encoding=encoding) for spec in suite]
     check_distinct(suites)
     chosen = conditions(policy or [], opened, seed, controls)
     judges = [make_judge(spec) for spec in judge or ["offline"]]

@@ -69,8 +69,10 @@ def explain(
     ] = False,
     category: Annotated[list[str] | None, typer.Option(help="Only this category. Repeatable.")] = None,
     prompts: Annotated[
-        list[Path] | None, typer.Option(help="Prompts of your own categories: .jsonl, .csv. Repeatable.")
+        list[str] | None, typer.Option(help="Prompts of your own categories: .jsonl, .csv. Repeatable.")
     ] = None,
+    column: options.Columns = None,
+    encoding: options.Encoding = None,
     most: Annotated[int, typer.Option(min=4, help="Pairs of a category to read, at most.")] = 12,
     answers: Annotated[int, typer.Option(min=1, help="Harmful prompts to answer at each dose, in all.")] = 12,
     without: Annotated[
@@ -118,7 +120,8 @@ def explain(
     if unknown:
         raise SafeSteerError(f"--without {unknown[0]!r} is not known; use {', '.join(STAGES)}")
     opened = VectorBank.load(bank).unverified()  # what it does is measured, whatever its check found
-    found = sources(opened, category, read_prompt_files(prompts or [], None)) if whole else None
+    own = read_prompt_files(prompts or [], None, options.parse_columns(column), encoding)
+    found = sources(opened, category, own) if whole else None
     decides = make_judge(judge)
     if out_folder is not None:
         check_folder(out_folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,21 +29,27 @@ def _choice(value: str | None, allowed: tuple[str, ...], option: str) -> Any:
     return value
 
 
-def read_prompt_files(paths: list[Path], categories: list[str] | None) -> PromptSet | None:
-    """All prompt files as one set. Rows that name no category take the only --category, or the file's name."""
+def read_prompt_files(
+    paths: list[str],
+    categories: list[str] | None,
+    columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
+) -> PromptSet | None:
+    """All prompt files as one set. Rows that name no category take the only --category; a file without any, its name."""
     from safesteer.prompts import concatenate, read_prompts
+    from safesteer.prompts.reading import source_name
 
     if not paths:
         return None
     only = categories[0] if categories and len(categories) == 1 else None
-    sets = [read_prompts(str(path), only or path.stem) for path in paths]
+    sets = [read_prompts(path, only, default=source_name(path), columns=columns, encoding=encoding) for path in paths]
     return concatenate(sets, ", ".join(one.name for one in sets))
 
 
 def _settings(
     recipe: str, method: str | None, site: str | None, layers: str, position: str | None, harmless: str | None,
     multiplier: float | None, dose: float | None, shrinkage: float | None, gate: bool | None, false_alarm: float | None,
-    neurons: int,
+    neurons: int, columns: Mapping[str, str], encoding: str | None,
 ) -> FitSettings:  # fmt: skip
     from safesteer.models import SITES
     from safesteer.policy import parse_layers
@@ -67,7 +73,7 @@ def _settings(
         position=_choice(position, READ_AT, "--position"),
         harmless=cast(Harmless, harmless)
         if harmless is None or harmless in known
-        else read_prompts(harmless, "harmless"),
+        else read_prompts(harmless, "harmless", columns=columns, encoding=encoding),
         multiplier=multiplier,
         dose=dose,
         shrinkage=shrinkage,
@@ -85,8 +91,14 @@ def fit(
         list[str] | None, typer.Option(help="A category to fit; all built-in ones if none. Repeatable.")
     ] = None,
     prompts: Annotated[
-        list[Path] | None, typer.Option(help="Your own harmful prompts: .jsonl, .csv, or hf:owner/name. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Your own harmful prompts: a .jsonl, .json, .csv, .tsv, .txt or .parquet file, or "
+            "hf:owner/name[:configuration][:split]. Repeatable."
+        ),
     ] = None,
+    column: options.Columns = None,
+    encoding: options.Encoding = None,
     harmless: Annotated[
         str | None, typer.Option(help="What stands against them: auto, matched, shared, builtin, or a prompt file.")
     ] = None,
@@ -147,9 +159,11 @@ def fit(
         )
         raise SafeSteerError(f"{model} is no option of safesteer fit{hint}")
     check_writable(out_file)
+    columns = options.parse_columns(column)
     settings = _settings(
-        recipe, method, site, layers, position, harmless, multiplier, dose, shrinkage, gate, false_alarm, neurons
-    )
+        recipe, method, site, layers, position, harmless, multiplier, dose, shrinkage, gate, false_alarm, neurons,
+        columns, encoding,
+    )  # fmt: skip
     from safesteer.calibration import Refusal
     from safesteer.calibration import fit as fit_bank
     from safesteer.judges import make_judge
@@ -157,7 +171,7 @@ def fit(
     refused = _choice(refusal, get_args(Refusal), "--refusal")
     decides = make_judge(judge) if check else None
     loaded = None
-    own = read_prompt_files(prompts or [], category)
+    own = read_prompt_files(prompts or [], category, columns, encoding)
     began = time.perf_counter()
     if engine == "vllm":
         unused = {"--device": device, "--device-map": device_map, "--4bit": load_4bit, "--8bit": load_8bit}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from safesteer.vectors import VectorBank
 
 
-def _read_requests(path: Path, bank: VectorBank, default: Policy) -> list[tuple[Request, dict[str, Any]]]:
+def _read_requests(
+    source: str, bank: VectorBank, default: Policy, columns: Mapping[str, str], encoding: str | None
+) -> list[tuple[Request, dict[str, Any]]]:
     """Requests of a file, each with its own policy where the row names one (`off`, `default`, or a mapping)."""
     from safesteer.engines import Request
     from safesteer.policy import Policy
-    from safesteer.prompts.reading import prompt_from_row, rows_of_file
+    from safesteer.prompts.reading import prompt_from_row, rows_of
 
     requests = []
-    for where, row in rows_of_file(path):
-        prompt = prompt_from_row(row, where)
+    for where, row in rows_of(source, columns, encoding):
+        prompt = prompt_from_row(row, where, columns=columns)
         policy = default
         own = {str(key).strip().lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
         given = own.get("policy")
@@ -46,9 +48,9 @@ def _read_requests(path: Path, bank: VectorBank, default: Policy) -> list[tuple[
             except SafeSteerError as error:
                 raise PolicyError(f"{where}: {error}") from None
         extra = {"id": prompt.identifier} if prompt.identifier else {}
-        requests.append((Request(prompt.text, policy), extra))
+        requests.append((Request(prompt.conversation, policy), extra))
     if not requests:
-        raise PromptFileError(f"{path}: holds no prompt")
+        raise PromptFileError(f"{source}: holds no prompt")
     return requests
 
 
@@ -92,8 +94,13 @@ def generate(
     bank: options.BankArgument,
     prompt: Annotated[str | None, typer.Option(help="One prompt.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file of prompts (.jsonl, .csv); a row may carry its own policy.")
+        str | None,
+        typer.Option(
+            help="A file of prompts, of any kind that `fit` takes; a row may be chat messages, and carry its own policy."
+        ),
     ] = None,
+    column: options.Columns = None,
+    encoding: options.Encoding = None,
     policy: options.PolicyFile = None,
     steer: options.Steer = None,
     gate: options.GateOption = None,
@@ -130,7 +137,9 @@ def generate(
     opened = options.open_bank(bank, unverified)
     chosen = options.chosen_policy(opened, policy, steer, gate, tokens)
     if prompts is not None:
-        requests, extras = map(list, zip(*_read_requests(prompts, opened, chosen), strict=True))
+        requests, extras = map(
+            list, zip(*_read_requests(prompts, opened, chosen, options.parse_columns(column), encoding), strict=True)
+        )
     else:
         requests, extras = [Request(str(prompt), chosen)], [{}]
     loaded = options.load_for(
@@ -145,7 +154,8 @@ def generate(
     ]
     if not deliver(rows, out_file, json):
         for row in rows:
-            out.print(f"[bold]{escape(str(row['prompt']))}[/bold]")
+            asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            out.print(f"[bold]{escape(asked)}[/bold]")
             if compare:
                 out.print(f"[dim]unsteered[/dim]  {escape(row['unsteered'])}")
             out.print(f"[dim]steered[/dim]    {escape(row['response'])}")

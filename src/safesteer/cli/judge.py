@@ -66,27 +66,24 @@ def agreement(
 
 @app.command("run")
 def run(
-    source: Annotated[Path, typer.Option("--in", help="Responses: JSONL with prompt and response.")],
+    source: Annotated[Path, typer.Option("--in", help="Responses: JSONL, JSON, CSV, ... with prompt and response.")],
     judge: JudgeOption = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Write the judged rows to this JSONL file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Judge responses of your own. Each row comes back with its outcome and scores."""
-    from safesteer.judges import Exchange, make_judge
+    from safesteer.judges import make_judge
+    from safesteer.judges.agreement import exchanges_of
     from safesteer.judges.base import count_leanings, leanings_text
-    from safesteer.prompts.reading import check_characters, rows_of_file
 
     if out_file is not None:
         check_writable(out_file)
-    rows = []
-    for where, row in rows_of_file(source):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
-            raise PromptFileError(f"{where}: needs a prompt and a response, both text")
-        check_characters(row["prompt"] + row["response"], "the text", where)
+    rows, exchanges = [], []
+    for _, row, exchange in exchanges_of(source):
         rows.append({key: value for key, value in row.items() if key not in OURS})
+        exchanges.append(exchange)
     if not rows:
         raise PromptFileError(f"{source}: holds no response")
-    exchanges = [Exchange(row["prompt"], row["response"], row.get("category")) for row in rows]
     for number, spec in enumerate(judge or ["offline"]):
         one = make_judge(spec)
         with progress_bar(f"Judging ({spec})") as update:

@@ -58,6 +58,32 @@ GateOption = Annotated[
 TokensOption = Annotated[
     str | None, typer.Option("--tokens", help="For --steer: all, prompt, generated or continuation.")
 ]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        help="A column whose name is not known: NAME for the prompt, or category=NAME, id=NAME, ... Repeatable.",
+    ),
+]
+Encoding = Annotated[
+    str | None, typer.Option("--encoding", help="Of files that are not UTF-8: latin-1, cp1252, utf-16-le, gbk, ...")
+]
+
+
+def parse_columns(items: list[str] | None) -> dict[str, str]:
+    """`["Text", "category=type"]` -> role to column. Raises `SafeSteerError`."""
+    from safesteer.prompts.reading import ROLES
+
+    columns: dict[str, str] = {}
+    for item in items or []:
+        role, equals, name = item.partition("=")
+        role, name = (role.strip(), name.strip()) if equals else ("prompt", item.strip())
+        if role not in ROLES or not name:
+            raise SafeSteerError(f"--column {item}: write --column NAME, or one of {', '.join(ROLES)} before =NAME")
+        if role in columns:
+            raise SafeSteerError(f"--column names the {role} twice; give each once")
+        columns[role] = name
+    return columns
 
 
 def open_bank(path: Path, unverified: bool = False) -> VectorBank:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from safesteer.cli.console import note, out, print_json, working
-from safesteer.cli.options import AsJson
+from safesteer.cli.options import AsJson, Columns, Encoding, parse_columns
 
 app = typer.Typer(help="Work with prompt sets.", no_args_is_help=True)
 
@@ -20,16 +19,20 @@ def _prompts() -> None:
 
 @app.command("lint")
 def lint_command(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Prompt files; the shipped sets if none.")] = None,
+    paths: Annotated[list[str] | None, typer.Argument(help="Prompt files; the shipped sets if none.")] = None,
+    column: Columns = None,
+    encoding: Encoding = None,
     json: AsJson = False,
 ) -> None:
     """Check for near duplicates across splits, unbalanced sides, missing counterparts and category leakage."""
     from safesteer.prompts import builtin, builtin_categories, harmless_pool, read_prompts, soundalikes
     from safesteer.prompts.lint import lint
+    from safesteer.prompts.reading import source_name
 
     with working("Checking"):
         if paths:
-            sets = [read_prompts(str(path), path.stem) for path in paths]
+            columns = parse_columns(column)
+            sets = [read_prompts(path, default=source_name(path), columns=columns, encoding=encoding) for path in paths]
         else:
             sets = [*(builtin(name) for name in builtin_categories()), harmless_pool(), soundalikes()]
         findings = lint(sets)

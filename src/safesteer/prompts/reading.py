@@ -1,34 +1,65 @@
-"""Reading prompt files: JSONL, CSV, JSON lists and `datasets` hub ids.
+"""Prompts from rows: which column holds what, in prompt files (`prompts.files`) and in `datasets` hub sets.
 
-A row needs a prompt (`prompt`, or one of the aliases below: the `Question` of CatQA is one) and may name `category`,
-`matched`, `split`, `subtopic`, `form`, `id`. A JSONL line may also be a bare JSON string.
+A row needs a prompt (`prompt`, or one of the aliases below: the `Question` of CatQA is one, chat `messages` another) and may
+name `category`, `matched`, `split`, `subtopic`, `form`, `id`. A row may also be a bare string. Any other column is taken only
+where it is asked for (`columns`, on the command line `--column category=type`).
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from safesteer import taxonomy
-from safesteer.errors import PromptFileError
+from safesteer.errors import PromptFileError, UnknownCategoryError
+from safesteer.prompts.files import Rows, name_of, read_bytes, rows_of_bytes
 from safesteer.prompts.sets import SPLITS, Prompt, PromptSet, Split
 
-PROMPT_KEYS = ("prompt", "question", "instruction", "goal", "text", "query")
-CATEGORY_KEYS = ("category", "category_name", "harm_category", "type")
-SUBTOPIC_KEYS = ("subtopic", "subcategory", "topic")
-MATCHED_KEYS = ("matched", "harmless", "counterpart")
-ID_KEYS = ("id", "identifier")
+ROLES: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "question", "instruction", "goal", "text", "query", "messages"),
+    "category": ("category", "category_name", "harm_category"),
+    "matched": ("matched", "harmless", "counterpart"),
+    "split": ("split",),
+    "subtopic": ("subtopic", "subcategory", "topic"),
+    "form": ("form",),
+    "id": ("id", "identifier"),
+    "reference": ("reference",),
+}
 HUB_PREFIX = "hf:"
 
 
-def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((row[key] for key in keys if row.get(key) not in (None, "")), None)
+def columns_of(chosen: Mapping[str, str] | None) -> dict[str, tuple[str, ...]]:
+    """Role -> the columns that may hold it, in lower case; the one that is `chosen`, where one is."""
+    return ROLES | {role: (column.strip().lower(),) for role, column in (chosen or {}).items()}
+
+
+def fields_of(row: Any, where: str, chosen: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The columns of a row, names in lower case; a bare string is a prompt.
+
+    Raises `PromptFileError` for what is neither, and for one that lacks a `chosen` column.
+    """
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if not isinstance(row, dict):
+        raise PromptFileError(f'{where}: expected an object with prompt, such as {{"prompt": "..."}}')
+    fields: dict[str, Any] = {}
+    for key, value in row.items():
+        name = str(key).strip().lower()
+        if name and name in fields:
+            raise PromptFileError(f"{where}: {name} is there twice")
+        fields[name] = value
+    missing = [column for column in (chosen or {}).values() if column.strip().lower() not in fields]
+    if missing:
+        raise PromptFileError(f"{where}: no column {', '.join(missing)}; found {', '.join(map(str, row))}")
+    return fields
+
+
+def first_filled(fields: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    """What the first of `columns` that holds something holds, or None."""
+    return next((fields[column] for column in columns if fields.get(column) not in (None, "", [])), None)
 
 
 def checked_text(value: Any, what: str, where: str) -> str:
@@ -49,143 +80,150 @@ def check_characters(text: str, what: str, where: str) -> None:
         ) from None
 
 
-def prompt_from_row(row: Any, where: str, category: str | None = None) -> Prompt:
+def checked_category(name: Any, where: str) -> str:
+    """The canonical name of a category."""
+    try:
+        return taxonomy.canonical_name(checked_text(name, "category", where))
+    except UnknownCategoryError as error:
+        raise PromptFileError(f"{where}: {error}") from None
+
+
+def said(value: Any, where: str, what: str = "prompt") -> tuple[str, tuple[dict[str, Any], ...], str]:
+    """Of a prompt that may be chat messages: the user's last words, the messages before them, the answer that follows, if any."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
+    if not isinstance(value, list):
+        return checked_text(value, what, where), (), ""
+    messages = [
+        {key: part for key, part in one.items() if part is not None}  # a column of structs names every key in every row
+        if isinstance(one, dict) and isinstance(one.get("role"), str)
+        else _no_message(where)
+        for one in value
+    ]
+    answer = _words(messages.pop(), where) if messages and messages[-1]["role"] == "assistant" else ""
+    if not messages or messages[-1]["role"] != "user":
+        raise PromptFileError(f"{where}: messages must end with one of the user, or with one answer to it")
+    return checked_text(_words(messages[-1], where), "the last message", where), tuple(messages[:-1]), answer
+
+
+def check_alone(before: Sequence[Any], where: str) -> None:
+    """Raise `PromptFileError` if messages stand before the user's last words."""
+    if before:
+        raise PromptFileError(
+            f"{where}: a conversation of {len(before) + 1} messages; `generate` takes those, here a prompt is one message"
+        )
+
+
+def _no_message(where: str) -> Any:
+    raise PromptFileError(f'{where}: messages must be a list of {{"role": "user", "content": "..."}}')
+
+
+def _words(message: Mapping[str, Any], where: str) -> str:
+    content = message.get("content", "")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    if not all(isinstance(one, dict) and isinstance(one.get("text"), str) for one in parts):
+        raise PromptFileError(f"{where}: a message holds something else than text; only text is steered")
+    return "".join(one["text"] for one in parts)
+
+
+def prompt_from_row(
+    row: Any, where: str, category: str | None = None, columns: Mapping[str, str] | None = None
+) -> Prompt:
     """One `Prompt` from a mapping (keys in any case) or a bare string; `where` names file and line in errors.
 
-    `category` is used where the row names none; a category name is mapped through the taxonomy.
+    `category` is used where the row names none; a category name is mapped through the taxonomy. `columns`: role (`prompt`,
+    `category`, ...) -> the column that holds it, where that is not one of `ROLES`.
     """
-    if isinstance(row, str):
-        row = {"prompt": row}
-    if not isinstance(row, dict):
-        raise PromptFileError(f'{where}: expected an object such as {{"prompt": "..."}}')
-    row = {str(key).strip().lower(): value for key, value in row.items() if key is not None}
-    text = _first(row, PROMPT_KEYS)
-    if text is None:
-        raise PromptFileError(f"{where}: no prompt; name it {' or '.join(PROMPT_KEYS[:3])}")
-    own_category = _first(row, CATEGORY_KEYS)
-    split = row.get("split") or "fit"
+    fields, names = fields_of(row, where, columns), columns_of(columns)
+    text, own, matched = (first_filled(fields, names[role]) for role in ("prompt", "category", "matched"))
+    if text is None and not any(name in fields for name in names["prompt"]):
+        raise PromptFileError(f"{where}: no prompt; name it {' or '.join(names['prompt'][:3])}, or give --column")
+    split = first_filled(fields, names["split"]) or "fit"
     if split not in SPLITS:
         raise PromptFileError(f"{where}: split is {split!r}; use {', '.join(SPLITS)}")
-    matched = _first(row, MATCHED_KEYS)
-    name = checked_text(own_category, "category", where) if own_category is not None else category
+    named = category if own is None else own
+    words, before, _ = said(text, where)
+
+    def plain(role: str) -> str:
+        value = first_filled(fields, names[role])
+        return "" if value is None else checked_text(str(value), role, where)
+
     return Prompt(
-        text=checked_text(text, "prompt", where),
-        category=taxonomy.canonical_name(name) if name is not None else None,
+        text=words,
+        before=before,
+        category=None if named is None else checked_category(named, where),
         matched=checked_text(matched, "matched", where) if matched is not None else None,
         split=cast(Split, split),
-        subtopic=str(_first(row, SUBTOPIC_KEYS) or ""),
-        form=str(row.get("form") or ""),
-        identifier=str(_first(row, ID_KEYS) or ""),
+        subtopic=plain("subtopic"),
+        form=plain("form"),
+        identifier=plain("id"),
     )
 
 
-def rows_of_file(path: Path, prompt_keys: Collection[str] | None = PROMPT_KEYS) -> Iterator[tuple[str, Any]]:
-    """Yield `(where, row)` for every row of a `.jsonl`, `.json` (a list) or `.csv` file (also with `.gz`), unvalidated.
-
-    A CSV header must name one of `prompt_keys` (None: any header will do).
-    Raises `PromptFileError` naming the file and the line.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise PromptFileError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise PromptFileError(f"{path} is a folder; name a .jsonl or .csv file in it") from None
-    except OSError as error:
-        raise PromptFileError(f"{path} cannot be read ({error.strerror})") from None
-    yield from rows_of_bytes(str(path), content, prompt_keys)
+def hub_name(identifier: str) -> tuple[str, str | None, str]:
+    """Repository, configuration and split of `hf:owner/name[:configuration][:split]`; a split may be a slice, as `test[:100]`."""
+    name, _, rest = identifier.removeprefix(HUB_PREFIX).partition(":")
+    both = re.fullmatch(r"([^:\[\]]*):(.*)", rest)
+    configuration, split = both.groups() if both else ("", rest)
+    return name, configuration or None, split or "train"
 
 
-def rows_of_bytes(
-    path: str, content: bytes, prompt_keys: Collection[str] | None = PROMPT_KEYS, comments: bool = False
-) -> Iterator[tuple[str, Any]]:
-    """`rows_of_file` for the bytes of a file; the end of `path` says which kind it is, and errors name it.
+def hub_rows(identifier: str, configuration: str | None = None) -> Rows:
+    """Yield `(where, row)` for every row of a hub data set, named as for `hub_name`, unvalidated.
 
-    `comments`: lines that begin with # may stand above the header of a CSV file.
-    """
-    try:
-        content = gzip.decompress(content) if path.lower().endswith(".gz") else content
-        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise PromptFileError(f"{path}, line {line}: not UTF-8 text") from None
-    except (OSError, EOFError, zlib.error):
-        raise PromptFileError(f"{path} is not a whole gzip file; fetch it again") from None
-    suffix = Path(path.lower().removesuffix(".gz")).suffix
-    if suffix == ".csv":
-        yield from _csv_rows(path, text, prompt_keys, comments)
-    elif suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PromptFileError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-        if not isinstance(rows, list):
-            raise PromptFileError(f"{path}: expected a JSON list of prompts")
-        for item, row in enumerate(rows, 1):
-            yield f"{path}, item {item}", row
-    else:
-        for line, one in enumerate(text.split("\n"), 1):
-            if one.strip():
-                try:
-                    yield f"{path}, line {line}", json.loads(one)
-                except json.JSONDecodeError as error:
-                    raise PromptFileError(f"{path}, line {line}: not valid JSON ({error.msg})") from None
-                except RecursionError:
-                    raise PromptFileError(f"{path}, line {line}: nested too deeply") from None
-
-
-def _csv_rows(
-    path: str, content: str, prompt_keys: Collection[str] | None, comments: bool
-) -> Iterator[tuple[str, Any]]:
-    above = 0  # lines of comment above the header
-    while comments and content.startswith("#"):
-        content, above = content.partition("\n")[2], above + 1
-    reader = csv.DictReader(io.StringIO(content), strict=True)
-    try:
-        header = {str(name).strip().lower() for name in reader.fieldnames or ()}
-        if prompt_keys is not None and not header & set(prompt_keys):
-            raise PromptFileError(
-                f"{path}, line 1: the header names no prompt column; it needs one of {', '.join(prompt_keys)}"
-            )
-        for row in reader:
-            where = f"{path}, line {above + reader.line_num}"
-            if None in row:
-                raise PromptFileError(f"{where}: more fields than the header has columns")
-            yield where, row
-    except csv.Error as error:
-        raise PromptFileError(f"{path}, line {above + reader.line_num}: not valid CSV ({error})") from None
-
-
-def hub_rows(identifier: str, configuration: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield `(where, row)` for every row of `hf:owner/name` or `hf:owner/name:split`, unvalidated.
-
-    `configuration` picks one of the data sets that a repository holds. Raises `PromptFileError`.
+    `configuration` is taken where the name holds none. Raises `PromptFileError`.
     """
     try:
         import datasets
     except ImportError:
         raise PromptFileError(f"{identifier} is a hub data set; install safesteer[datasets] to load it") from None
-    name, _, split = identifier.removeprefix(HUB_PREFIX).partition(":")
+    name, own, split = hub_name(identifier)
     try:
-        data = datasets.load_dataset(name, configuration, split=split or "train")
+        data = datasets.load_dataset(name, own or configuration, split=split)
     except Exception as error:
-        raise PromptFileError(f"{identifier} could not be loaded from the hub ({error})") from error
+        raise PromptFileError(
+            f"{identifier} could not be loaded from the hub as hf:owner/name[:configuration][:split] ({error})"
+        ) from error
     for number, row in enumerate(data, 1):
         yield f"{identifier}, row {number}", dict(row)
 
 
-def read_prompts(source: str | Path, category: str | None = None) -> PromptSet:
-    """Read a prompt set from a `.jsonl`, `.json` or `.csv` file, or from the hub (`hf:owner/name` or `hf:owner/name:split`).
+def source_name(source: str) -> str:
+    """What a file or hub data set is called: `mine` for `a/mine.jsonl.gz`, `name` for `hf:owner/name:test`."""
+    return hub_name(source)[0].rpartition("/")[2] if source.startswith(HUB_PREFIX) else name_of(source)
 
-    `category` names the category of rows that name none. Exact duplicates (same text and category) are kept once.
+
+def rows_of(source: str, columns: Mapping[str, str] | None = None, encoding: str | None = None) -> Rows:
+    """Yield `(where, row)` for every row of a prompt file or hub data set, unvalidated."""
+    if source.startswith(HUB_PREFIX):
+        return hub_rows(source)
+    return rows_of_bytes(source, read_bytes(Path(source)), encoding, columns_of(columns)["prompt"])
+
+
+def read_prompts(
+    source: str | Path,
+    category: str | None = None,
+    *,
+    default: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
+) -> PromptSet:
+    """Read a prompt set from a file (`prompts.files` says which kinds), or from the hub (see `hub_name`).
+
+    `category` names the category of rows that name none, `default` that of all rows where none of them names one.
+    `columns`: see `prompt_from_row`. `encoding`: of a file that is not UTF-8. A row of chat messages must hold one of the
+    user, and may hold the answer to it. Exact duplicates (same text and category) are kept once.
     Raises `PromptFileError` with file and line, also for a set without a prompt.
     """
     name = str(source)
-    rows = hub_rows(name) if name.startswith(HUB_PREFIX) else rows_of_file(Path(source))
     prompts: dict[tuple[str, str | None], Prompt] = {}
-    for where, row in rows:
-        prompt = prompt_from_row(row, where, category)
+    for where, row in rows_of(name, columns, encoding):
+        prompt = prompt_from_row(row, where, category, columns)
+        check_alone(prompt.before, where)
         prompts.setdefault((prompt.text, prompt.category), prompt)
     if not prompts:
         raise PromptFileError(f"{name}: holds no prompt")
+    if default is not None and not any(prompt.category for prompt in prompts.values()):
+        named = checked_category(default, name)
+        prompts = {key: replace(prompt, category=named) for key, prompt in prompts.items()}
     return PromptSet(tuple(prompts.values()), name)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 Split = Literal["fit", "tune", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -26,7 +26,8 @@ class Prompt:
     """One prompt.
 
     `category` is the canonical risk category (None: harmless), `matched` its topic-matched harmless counterpart,
-    `resembles` the category that a harmless prompt merely sounds like.
+    `resembles` the category that a harmless prompt merely sounds like. Of a conversation `text` is what the user said last, and
+    `before` the chat messages that came before it (prompt sets hold none that have some).
     """
 
     text: str
@@ -37,6 +38,12 @@ class Prompt:
     form: str = ""
     identifier: str = ""
     resembles: str | None = None
+    before: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def conversation(self) -> str | list[dict[str, Any]]:
+        """What a model is asked: the text, or all messages of a conversation."""
+        return [*self.before, {"role": "user", "content": self.text}] if self.before else self.text
 
 
 @dataclass(frozen=True)
