@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -81,9 +80,11 @@ def check(
     bank: options.BankArgument,
     judge: JudgeOption = "offline",
     prompts: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="The prompt files that the bank was fitted on, for categories of your own."),
     ] = None,
+    column: options.Columns = None,
+    encoding: options.Encoding = None,
     model: options.ModelOption = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -103,7 +104,7 @@ def check(
     check_writable(bank)
     opened = VectorBank.load(bank)
     decides = make_judge(judge)
-    own = read_prompt_files(prompts or [], None)
+    own = read_prompt_files(prompts or [], None, options.parse_columns(column), encoding)
     loaded = options.load_for(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
