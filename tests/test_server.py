@@ -25,6 +25,7 @@ from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.engines.vllm import Specs
 from safesteer.errors import PolicyError, SafeSteerError, SteeringError
 from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.models.decoding import Sampling
 from safesteer.policy import Policy
 from safesteer.server import engine as engines
 from safesteer.server import on_transformers
@@ -209,9 +210,9 @@ def test_a_gated_bank_reads_every_request(loaded: LoadedModel) -> None:
 def test_a_seed_makes_an_answer_whoever_shares_the_batch(loaded: LoadedModel, bank: VectorBank) -> None:
     made = TransformersEngine(loaded, bank, batch_size=4)
     prompt = encode(loaded.tokenizer, TIDES)
-    job = Job(prompt, STRONG.resolved(bank), 12, temperature=1.0, top_p=0.9, seed=5)
+    job = Job(prompt, STRONG.resolved(bank), 12, Sampling(temperature=1.0, top_p=0.9), seed=5)
     alone = answer(made, job).text
-    jobs = [replace(job, seed=6), replace(job, policy=Policy.off()), job, replace(job, temperature=0.0)]
+    jobs = [replace(job, seed=6), replace(job, policy=Policy.off()), job, replace(job, sampling=Sampling())]
     found = [""] * len(jobs)
 
     def go(place: int) -> None:

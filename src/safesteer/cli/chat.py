@@ -28,8 +28,9 @@ def chat(
     gate: options.GateOption = None,
     tokens: options.TokensOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for temperature above 0.")] = 0,
+    temperature: options.Temperature = None,
+    recommended: options.Recommended = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for sampling.")] = 0,
     model: options.ModelOption = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -57,7 +58,7 @@ def chat(
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
     opened.check(loaded, force)
-    settings = GenerationSettings(max_new_tokens, temperature, seed, 1)
+    settings = GenerationSettings(max_new_tokens, temperature, seed, 1, recommended)
     history: list[dict[str, str]] = []
     steering: dict[str, object] | None = None
     interactive = sys.stdin.isatty()

@@ -84,7 +84,8 @@ def evaluate(
         bool, typer.Option("--selectivity", help="Also each category alone, on the first harmful suite.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: options.Temperature = None,
+    recommended: options.Recommended = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws samples and random directions.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows a batch.")] = None,
     model: options.ModelOption = None,
@@ -124,7 +125,9 @@ def evaluate(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
-    settings = EvaluationSettings(max_new_tokens, temperature, seed, batch_size, DOSES if doses else (), selectivity)
+    settings = EvaluationSettings(
+        max_new_tokens, temperature, seed, batch_size, DOSES if doses else (), selectivity, recommended
+    )
     with progress_bar("Evaluating") as update:
         results = run(
             loaded, opened, suites, chosen, judges, settings, out_folder, force=force,

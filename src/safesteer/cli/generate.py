@@ -108,8 +108,9 @@ def generate(
     compare: Annotated[bool, typer.Option("--compare", help="Also show what the unsteered model says.")] = False,
     out_file: Annotated[Path | None, typer.Option("--out", help="Write the rows to this JSONL file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for temperature above 0.")] = 0,
+    temperature: options.Temperature = None,
+    recommended: options.Recommended = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed for sampling.")] = 0,
     batch_size: Annotated[str, typer.Option(help="auto, or rows a batch.")] = "auto",
     model: options.ModelOption = None,
     dtype: options.Dtype = None,
@@ -147,7 +148,7 @@ def generate(
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
     size = None if batch_size == "auto" else int(batch_size)
-    settings = GenerationSettings(max_new_tokens, temperature, seed, size)
+    settings = GenerationSettings(max_new_tokens, temperature, seed, size, recommended)
     rows = [
         {**extra, **row}
         for extra, row in zip(extras, respond(loaded, opened, requests, settings, compare, force), strict=True)

@@ -44,6 +44,16 @@ Unverified = Annotated[
         rich_help_panel=MODELS,
     ),
 ]  # fmt: skip
+Temperature = Annotated[
+    float | None, typer.Option(min=0.0, help="0 is greedy, and the default unless --recommended is given.")
+]
+Recommended = Annotated[
+    bool,
+    typer.Option(
+        "--recommended",
+        help="Sample as the model's generation_config.json recommends (temperature, top-p, top-k, min-p, repetition penalty).",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A policy file (YAML).")]
 Steer = Annotated[

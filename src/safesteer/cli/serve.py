@@ -13,6 +13,7 @@ from safesteer.cli.console import note, print_json, working
 from safesteer.errors import SafeSteerError
 
 if TYPE_CHECKING:
+    from safesteer.models.decoding import Sampling
     from safesteer.server.engine import Engine
     from safesteer.vectors import VectorBank
 
@@ -22,21 +23,25 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 def _vllm(
     path: Path, bank: VectorBank, model: str, revision: str | None, given: list[str], most_waiting: int,
-    trust_remote_code: bool, force: bool, unverified: bool,
-) -> Engine:  # fmt: skip
-    """vLLM with the bank's model."""
+    trust_remote_code: bool, force: bool, unverified: bool, recommended: bool,
+) -> tuple[Engine, Sampling]:  # fmt: skip
+    """vLLM with the bank's model, and how requests that do not say it are sampled."""
     options.need_vllm()
     from safesteer.engines.vllm import starting
+    from safesteer.models.decoding import checkpoint_config
     from safesteer.models.files import model_files
+    from safesteer.server.app import default_sampling
     from safesteer.server.on_vllm import VllmEngine, arguments
 
     with working(f"Reading {model}") as say:
         files = model_files(model, revision, trust_remote_code, say)
         bank.check(files.fingerprint(bank.model.weights), force)
+        sampling = default_sampling(checkpoint_config(files.folder) if recommended else None)
     with working("Starting vLLM, and testing that steering reaches the model"):
         with starting():  # vLLM is imported
             chosen = arguments(path, files.folder, given, trust_remote_code, unverified)
-        return VllmEngine(chosen, bank, files.tokenizer, set(files.stop_ids), most_waiting=most_waiting)
+        engine = VllmEngine(chosen, bank, files.tokenizer, set(files.stop_ids), most_waiting=most_waiting)
+    return engine, sampling
 
 
 def serve(
@@ -77,6 +82,13 @@ def serve(
     trust_remote_code: options.TrustRemoteCode = False,
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
+    recommended: Annotated[
+        bool,
+        typer.Option(
+            "--recommended",
+            help="Sample requests that do not say how as the model's generation_config.json recommends, not at temperature 1.",
+        ),
+    ] = False,
     force: options.Force = False,
     unverified: options.Unverified = False,
     json: options.AsJson = False,
@@ -86,7 +98,7 @@ def serve(
     if missing:
         raise SafeSteerError("the server needs more packages; install them with pip install 'safesteer[serve]'")
     from safesteer.server import run
-    from safesteer.server.app import Limits, Serving
+    from safesteer.server.app import Limits, Serving, default_sampling
     from safesteer.server.authority import SEPARATOR, Authority
     from safesteer.server.guard import Keys
 
@@ -109,14 +121,14 @@ def serve(
         if given:
             raise SafeSteerError(f"{given[0]} is for --engine transformers; vLLM has options of its own")
         own = model is None and chosen != "embedded"
-        running = _vllm(
+        running, sampling = _vllm(
             bank, opened, chosen, opened.provenance.get("revision") if own and revision is None else revision,
             [
                 *(["--dtype", dtype] if dtype else []),
                 *(["--max-num-seqs", str(batch_size)] if batch_size else []),
                 *passed_on,
             ],
-            most_waiting, trust_remote_code, force, unverified,
+            most_waiting, trust_remote_code, force, unverified, recommended,
         )  # fmt: skip
     else:
         from safesteer.server.on_transformers import BATCH_SIZE, TransformersEngine
@@ -125,6 +137,7 @@ def serve(
             opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
             trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
         )  # fmt: skip
+        sampling = default_sampling(loaded.model.generation_config if recommended else None)
         with working("Testing that steering reaches the model"):
             running = TransformersEngine(
                 loaded, opened, batch_size=batch_size or BATCH_SIZE, most_waiting=most_waiting, force=force
@@ -137,7 +150,7 @@ def serve(
         raise
     served = name or Path(chosen).name
     limits = Limits(most_tokens=most_tokens, default_tokens=min(256, most_tokens), chat_only=chat_only)
-    serving = Serving(running, authority, served, limits, keys)
+    serving = Serving(running, authority, served, limits, keys, sampling)
     names = [served, *(f"{served}{SEPARATOR}{one}" for one in authority.variants)]
 
     def ready() -> None:

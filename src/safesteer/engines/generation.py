@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from safesteer.activations import batches_by_length, pad
+from safesteer.engines.sampling import RowSampling, seed_of
 from safesteer.engines.transformers import Steerer
 from safesteer.errors import SafeSteerError
 from safesteer.models import Conversation, LoadedModel, encode
+from safesteer.models.decoding import Sampling, recommended
 from safesteer.policy import Policy
 from safesteer.vectors import Reading, VectorBank
 
@@ -30,12 +32,22 @@ class Request:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to sample. Temperature 0 is greedy; `seed` fixes sampling; `batch_size` None chooses one."""
+    """How to answer; what the checkpoint's generation_config.json says beside that does not act.
+
+    `temperature` 0 is greedy, and None is 0; `seed` fixes sampling; `batch_size` None chooses one. `recommended`: sample as the
+    checkpoint recommends (temperature, top-p, top-k, min-p, repetition penalty), at `temperature` where one is given.
+    """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0
+    temperature: float | None = None
     seed: int = 0
     batch_size: int | None = None
+    recommended: bool = False
+
+    def sampling(self, config: Any) -> Sampling:
+        """For a checkpoint with this generation config. Raises `SafeSteerError` for recommendations that cannot be followed."""
+        found = recommended(config) if self.recommended else Sampling()
+        return found if self.temperature is None else replace(found, temperature=self.temperature)
 
 
 @dataclass(frozen=True)
@@ -68,10 +80,7 @@ def generate(
     order = sorted(range(len(requests)), key=lambda index: len(encoded[index]))
     size = chosen.batch_size or AUTO_BATCH
     padding = loaded.pad_id
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if chosen.temperature > 0:
-        sampling = {"do_sample": True, "temperature": chosen.temperature}
-        torch.manual_seed(chosen.seed)
+    sampling = chosen.sampling(loaded.model.generation_config)
     default = Policy.default(bank) if bank is not None else Policy.off()
     steerer = Steerer(loaded, bank, default, force=force) if bank is not None else None
     responses: dict[int, Response] = {}
@@ -84,10 +93,16 @@ def generate(
         arguments: dict[str, Any] = {
             "input_ids": ids.to(loaded.device),
             "attention_mask": mask.to(loaded.device),
-            "max_new_tokens": chosen.max_new_tokens,
-            "pad_token_id": padding,
+            "generation_config": loaded.generation_config(chosen.max_new_tokens),
+            "logits_processor": [
+                RowSampling(
+                    [sampling] * len(batch),
+                    [seed_of(chosen.seed, index) for index in batch],
+                    [ids.shape[1] - len(encoded[index]) for index in batch],
+                    loaded.device,
+                )
+            ],
             "streamer": streamer,
-            **sampling,
         }
         try:
             output, records = _run(loaded, steerer, [requests[index].policy or default for index in batch], arguments)

@@ -25,6 +25,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,12 @@ import torch
 
 from safesteer import __version__
 from safesteer.engines.generation import GenerationSettings, Request, Response
+from safesteer.engines.sampling import seed_of
 from safesteer.engines.steering import KINDS
 from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import encode
 from safesteer.models.chat import turn_markers, turn_start
+from safesteer.models.decoding import checkpoint_config
 from safesteer.policy import KINDS_OF, Plan, Policy, plan, stacked
 from safesteer.vectors import Reading, VectorBank
 
@@ -299,6 +302,7 @@ def generate(
     from vllm import SamplingParams
 
     chosen = settings or GenerationSettings()
+    sampling = chosen.sampling(checkpoint_config(llm.llm_engine.vllm_config.model_config.model))
     tokenizer = llm.get_tokenizer()
     markers = turn_markers(tokenizer)
     default = Policy.default(bank)
@@ -322,11 +326,11 @@ def generate(
     parameters = [
         SamplingParams(
             max_tokens=chosen.max_new_tokens,
-            temperature=chosen.temperature,
-            seed=chosen.seed if chosen.temperature else None,
+            **asdict(sampling),
+            seed=seed_of(chosen.seed, place) if sampling.temperature else None,
             extra_args=specs.args(decided(policy, one)) or None,
         )
-        for policy, one in zip(policies, plans, strict=True)
+        for place, (policy, one) in enumerate(zip(policies, plans, strict=True))
     ]
     began = time.perf_counter()
     outputs = llm.generate(given, parameters, use_tqdm=False)

@@ -7,7 +7,7 @@ so that a resumed run forms the same batches, and gives the same texts, as one t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from safesteer.engines import GenerationSettings, Request, generate, read
@@ -49,7 +49,7 @@ def respond(
 
     Chunks that the ledger holds are not generated again. `progress` counts rows, those of the ledger included.
     """
-    how = [settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size]
+    how = asdict(settings)
     rows: list[dict[str, Any]] = []
     bases = [condition_key(condition, model_digest) for condition in conditions]
     for suite in suites:

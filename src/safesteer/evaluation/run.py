@@ -47,15 +47,19 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How to evaluate. `doses`: also answer the harmful suites at these multiples of the first policy. `selectivity`: also with
-    each of its categories alone, on the first harmful suite. `seed` draws samples and the random directions."""
+    """How to evaluate; `temperature`, `batch_size` and `recommended` are those of `GenerationSettings`.
+
+    `doses`: also answer the harmful suites at these multiples of the first policy. `selectivity`: also with each of its
+    categories alone, on the first harmful suite. `seed` draws samples and the random directions.
+    """
 
     max_new_tokens: int = 128
-    temperature: float = 0.0
+    temperature: float | None = None
     seed: int = 0
     batch_size: int | None = None
     doses: tuple[float, ...] = ()
     selectivity: bool = False
+    recommended: bool = False
 
 
 def evaluate(
@@ -83,7 +87,10 @@ def evaluate(
         )
     seconds: dict[str, float] = {}
     model_digest = model_digest_of(loaded)
-    generation = GenerationSettings(settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size)
+    generation = GenerationSettings(
+        settings.max_new_tokens, settings.temperature, settings.seed, settings.batch_size, settings.recommended
+    )
+    sampling = generation.sampling(loaded.model.generation_config)
     work = out / "work"
 
     def stage(name: str, total: int) -> Callable[[int], None]:
@@ -134,7 +141,7 @@ def evaluate(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=loaded.name,
         bank={"digest": bank.digest(), "categories": list(bank.categories), "provenance": bank.provenance},
-        settings=asdict(settings),
+        settings=asdict(settings) | asdict(sampling),
         policies=[_policy_record(condition) for condition in conditions],
         suites=[_suite_record(suite, known, unknown) for suite in suites],
         judges=judge_records,

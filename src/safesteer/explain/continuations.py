@@ -7,7 +7,6 @@
 
 Probabilities are read in one pass over prompt and answer. The prompt's width is told to the hooks, so that each token is steered
 as the kind of token that it was in generation (see `engines.steering`): response tokens as generated, not as prompt.
-They are the model's own, before anything that its generation settings do to them (a repetition penalty, say).
 
     margin    risk - low,  above 0 where the gate begins to open
     scores    z(s(t)) of each token (see `vectors.gate`), in standard deviations of harmless prompts' passages
@@ -113,12 +112,7 @@ def _answer(loaded: LoadedModel, ids: tuple[int, ...], max_new_tokens: int) -> l
     output = loaded.model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=loaded.pad_id,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
+        generation_config=loaded.generation_config(max_new_tokens),
     )
     new: list[int] = output[0, len(ids) :].tolist()
     end = next((place for place, token in enumerate(new) if token in loaded.stop_ids), len(new) - 1)

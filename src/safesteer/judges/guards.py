@@ -116,12 +116,9 @@ class Guard:
         with quiet_transformers():
             output = loaded.model.generate(
                 **inputs,
-                max_new_tokens=self.family.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                output_logits=True,
-                return_dict_in_generate=True,
-                pad_token_id=tokenizer.pad_token_id,
+                generation_config=loaded.generation_config(
+                    self.family.max_new_tokens, output_logits=True, return_dict_in_generate=True
+                ),
             )
         answers = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()  # [readable, new tokens]
         for place, (row, answer) in enumerate(zip(readable, answers, strict=True)):

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from safesteer.errors import SafeSteerError
+from safesteer.models.decoding import ExplicitConfig
 from safesteer.models.embedded import embedded_source
 from safesteer.models.layout import ModelLayout, find_layout
 
@@ -56,6 +57,20 @@ class LoadedModel:
         for value in (self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id):
             stops.update(value if isinstance(value, list) else [value] if value is not None else [])
         return stops
+
+    def generation_config(self, max_new_tokens: int, **fields: Any) -> ExplicitConfig:
+        """For `generate`: greedy, with the model's special tokens, and nothing else of what its checkpoint recommends.
+
+        `fields` are further ones of transformers' `GenerationConfig`.
+        """
+        return ExplicitConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            bos_token_id=self.model.generation_config.bos_token_id,
+            eos_token_id=sorted(self.stop_ids) or None,
+            pad_token_id=self.pad_id,
+            **fields,
+        )
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, name: str | None = None, revision: str | None = None) -> LoadedModel:

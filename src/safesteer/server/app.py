@@ -16,7 +16,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -24,10 +24,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from transformers import GenerationConfig
 
 from safesteer import __version__
 from safesteer.errors import PolicyError, SafeSteerError, UnknownCategoryError
 from safesteer.models import EncodedPrompt, encode
+from safesteer.models.decoding import Sampling, recommended
 from safesteer.policy import Plan
 from safesteer.server.authority import SEPARATOR, Authority
 from safesteer.server.engine import BusyError, Done, Engine, Event, Failed, Handle, Job, Piece, Planned
@@ -56,15 +58,24 @@ class Limits:
     chat_only: bool = False
 
 
+def default_sampling(config: GenerationConfig | None = None) -> Sampling:
+    """What a request takes where it names nothing: OpenAI's defaults, or what a checkpoint's `config` recommends."""
+    return Sampling(temperature=1.0) if config is None else recommended(config)
+
+
 @dataclass
 class Serving:
-    """What a server holds: the engine, the operator's word (replaced whole by a reload), and limits."""
+    """What a server holds: the engine, the operator's word (replaced whole by a reload), and limits.
+
+    `sampling` is what a request takes where it names nothing.
+    """
 
     engine: Engine
     authority: Authority
     name: str
     limits: Limits = field(default_factory=Limits)
     keys: Keys = field(default_factory=Keys)
+    sampling: Sampling = field(default_factory=default_sampling)
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False
 
@@ -220,12 +231,12 @@ def _job(serving: Serving, asked: ChatRequest | CompletionRequest, prompt: Encod
     except (PolicyError, UnknownCategoryError) as error:
         serving.metrics.refused.inc()
         raise Refused(400, str(error)) from None
-    temperature = 1.0 if asked.temperature is None else float(asked.temperature)
-    if temperature < COLD:
-        temperature = 0.0
-    top_p = 1.0 if asked.top_p is None else float(asked.top_p)
+    named = {one.name: getattr(asked, one.name) for one in fields(Sampling)}
+    sampling = replace(serving.sampling, **{name: value for name, value in named.items() if value is not None})
+    if sampling.temperature < COLD:
+        sampling = replace(sampling, temperature=0.0)
     seed = None if asked.seed is None else asked.seed % 2**63
-    return Job(prompt, policy, min(most, room), temperature, top_p, seed, asked.stops)
+    return Job(prompt, policy, min(most, room), sampling, seed, asked.stops)
 
 
 class _Stream:

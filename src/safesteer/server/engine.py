@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import EncodedPrompt
+from safesteer.models.decoding import Sampling
 from safesteer.policy import Plan, Policy
 from safesteer.vectors import VectorBank
 
@@ -25,13 +26,12 @@ CONTEXT = 8  # settled tokens before them that are decoded with them, since a to
 
 @dataclass(frozen=True)
 class Job:
-    """One request: a prompt, its resolved policy, and how to answer. `temperature` 0 is greedy; `seed` None: any."""
+    """One request: a prompt, its resolved policy, and how to answer. `seed` None: any."""
 
     prompt: EncodedPrompt
     policy: Policy
     max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     stop: tuple[str, ...] = ()
 

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, StoppingCriteria, TopPLogitsWarper
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from safesteer.activations import pad
 from safesteer.engines import Steerer
+from safesteer.engines.sampling import RowSampling
 from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import LoadedModel
 from safesteer.models.layout import text_config
@@ -58,36 +59,6 @@ class _Ended(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.Tensor:
         return torch.tensor([row.done or row.handle.aborted for row in self._rows], device=input_ids.device)
-
-
-class _Sampling(LogitsProcessor):  # type: ignore[misc]
-    """Greedy choice of what this returns samples each row as its own request asks.
-
-    argmax_v (log p(v) / T + g_v) with Gumbel noise g is a sample of softmax(log p / T); g comes from the row's own generator, so
-    that a seeded answer does not depend on who shares the batch.
-    """
-
-    def __init__(self, jobs: Sequence[Job], device: torch.device) -> None:
-        self._jobs = jobs
-        self._generators = [torch.Generator(device=device) for _ in jobs]
-        for job, generator in zip(jobs, self._generators, strict=True):
-            if job.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(job.seed)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
-        chosen: torch.Tensor = scores
-        for index, (job, generator) in enumerate(zip(self._jobs, self._generators, strict=True)):
-            if job.temperature == 0:
-                continue
-            row = scores[index : index + 1].float() / job.temperature
-            if job.top_p < 1:
-                row = TopPLogitsWarper(job.top_p)(input_ids, row)
-            uniform = torch.rand(row.shape, generator=generator, device=row.device).clamp_(1e-20, 1 - 1e-7)
-            chosen = chosen.clone() if chosen is scores else chosen
-            chosen[index] = (row - (-uniform.log()).log())[0].to(scores.dtype)
-        return chosen
 
 
 class TransformersEngine:
@@ -205,9 +176,15 @@ class TransformersEngine:
             loaded.model.generate(
                 input_ids=ids.to(loaded.device),
                 attention_mask=mask.to(loaded.device),
-                max_new_tokens=max(job.max_tokens for job in jobs),
-                do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1, pad_token_id=loaded.pad_id,
+                generation_config=loaded.generation_config(max(job.max_tokens for job in jobs)),
                 streamer=_Streamer(rows, self._steerer, stops, loaded.tokenizer),
                 stopping_criteria=[_Ended(rows)],
-                logits_processor=[_Sampling(jobs, loaded.device)],
+                logits_processor=[
+                    RowSampling(
+                        [job.sampling for job in jobs],
+                        [job.seed for job in jobs],
+                        [ids.shape[1] - len(job.prompt) for job in jobs],
+                        loaded.device,
+                    )
+                ],
             )  # fmt: skip

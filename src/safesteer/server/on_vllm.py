@@ -18,6 +18,7 @@ import threading
 import uuid
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -210,8 +211,7 @@ class VllmEngine:
         row.plan(found)
         given = SamplingParams(
             max_tokens=job.max_tokens,
-            temperature=job.temperature,
-            top_p=job.top_p,
+            **asdict(job.sampling),
             seed=job.seed,
             stop_token_ids=sorted(self._stops),
             detokenize=False,  # stop words and half characters are the row's, as in every engine
