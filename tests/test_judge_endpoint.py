@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -506,6 +507,33 @@ def test_an_endpoint_that_is_not_there_is_one_sentence(server: Server) -> None:
 def test_an_address_that_is_no_web_address_is_refused(address: str) -> None:
     with pytest.raises(SafeSteerError, match="must start with http"):
         RubricEndpoint(address, "grader")
+
+
+@pytest.mark.parametrize(
+    ("spec", "model", "url"),
+    [
+        ("openai:gpt-x", "gpt-x", "https://api.openai.com/v1"),
+        ("openai:m@http://localhost:8000/v1", "m", "http://localhost:8000/v1"),
+        ("openai:@cf/made/up@https://host/v1", "@cf/made/up", "https://host/v1"),
+        ("openai:made-up@2031@https://host/v1", "made-up@2031", "https://host/v1"),
+    ],
+)
+def test_a_spec_is_split_at_its_address(spec: str, model: str, url: str) -> None:
+    judge = getattr(make_judge(spec), "inner", None)
+    assert isinstance(judge, RubricEndpoint)
+    assert (judge.model, judge.connection.base_url) == (model, url)
+
+
+@pytest.mark.parametrize("spec", ["openai:m@localhost:8000/v1", "moderation@localhost/v1"])
+def test_a_spec_whose_address_is_no_web_address_is_refused(spec: str) -> None:
+    with pytest.raises(SafeSteerError, match="must start with http"):
+        make_judge(spec)
+
+
+def test_without_openais_client_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(SafeSteerError, match=r"pip install 'safesteer\[judges\]'"):
+        make_judge("openai:grader@http://127.0.0.1/v1")
 
 
 def test_a_key_in_the_address_is_refused_without_repeating_it() -> None:

@@ -514,6 +514,17 @@ def test_a_too_long_exchange_fails_and_its_neighbours_do_not(tmp_path: Path) -> 
     assert finished == [3]
 
 
+def test_the_limit_of_a_roberta_leaves_out_its_first_positions(tmp_path: Path) -> None:
+    config = transformers.RobertaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=66, pad_token_id=1, num_labels=2, id2label={0: "safe", 1: "unsafe"},
+    )  # fmt: skip
+    folder = save(tmp_path, transformers.AutoModelForSequenceClassification.from_config(config))
+    fits, long = Classifier(folder, pair=False, device="cpu").score([Exchange("", "b" * n) for n in (64, 65)])
+    assert isinstance(fits, dict)
+    assert long == Failure(f"the exchange has 65 tokens and {folder} reads 64")
+
+
 def test_unsafe_labels_are_found_by_name_or_refused_with_the_list() -> None:
     assert unsafe_indices(["safe", "unsafe"], None, "m") == [1]
     assert unsafe_indices(["non-toxic", "TOXIC", "severe_toxic", "not harmful"], None, "m") == [1, 2]

@@ -92,6 +92,7 @@ def tune(
         raise SafeSteerError(f"--work {folder} is a file; name a folder")
     from safesteer.engines import GenerationSettings
     from safesteer.judges import make_judge
+    from safesteer.judges.base import leanings_text
     from safesteer.tuning import Limits, TuneSettings, make_bench, search_space
     from safesteer.tuning import tune as run
     from safesteer.tuning.candidates import SEARCHED
@@ -131,7 +132,8 @@ def tune(
     changed = {name: factor for name, factor in found.factors.items() if factor != 1}
     out.print("Doses of their own: " + (", ".join(f"{name} x{factor:g}" for name, factor in changed.items()) or "none"))
     if found.found.failures:
-        note(f"The judge failed on {found.found.failures} answers of the chosen bank; they are in no rate.")
+        sides = leanings_text(found.found.leanings)
+        note(f"The judge failed on {found.found.failures} answers of the chosen bank ({sides}); they are in no rate.")
     note("> chosen: the best mean of its neighbourhood; * on the Pareto front of safe completions and KL.")
     if not found.feasible:
         note(

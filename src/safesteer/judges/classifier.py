@@ -135,6 +135,10 @@ class Classifier:
         limit = min(
             tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
         )
+        table = next((part for name, part in model.named_modules() if name.endswith("position_embeddings")), None)
+        offset = getattr(table, "padding_idx", None)
+        if offset is not None:  # RoBERTa and its kin count positions from behind the one of padding
+            limit = min(limit, model.config.max_position_embeddings - offset - 1)
         if model.config.problem_type == "regression":
             raise SafeSteerError(
                 f"{self.model_id} gives a number and no label (a reward model?), so it is no classifier of harm"

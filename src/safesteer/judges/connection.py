@@ -162,8 +162,8 @@ class Connection:
             stop = kind is not None and self._equal >= EQUAL and (lasting or not self._answered)
         if stop:
             raise SafeSteerError(
-                f"{EQUAL} exchanges in a row failed alike ({failure}), so the judging ends here; mend it and run again: what an "
-                "evaluation has judged is kept"
+                f"{EQUAL} exchanges in a row failed alike ({failure}), so the judging ends here; mend it and run again: an "
+                "evaluation keeps what it has judged before"
             )
 
     def _take_turn(self) -> None:

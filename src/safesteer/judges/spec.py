@@ -82,9 +82,18 @@ def _make(spec: str) -> Judge:
         identifier, _, labels = rest.partition("#")
         return Completed(Classifier(identifier, labels.split(",") if labels else None), Relevance())
     if kind == "openai" and rest:
-        model, _, url = rest.partition("@")
-        return RubricEndpoint(url or OPENAI, model)
+        model, url = _address(rest)
+        return RubricEndpoint(url, model)
     if kind.partition("@")[0] == "moderation":
-        name, _, url = spec.removeprefix("moderation").removeprefix(":").partition("@")
-        return Completed(Moderation(url or OPENAI, name or "omni-moderation-latest"), Relevance())
+        name, url = _address(spec.removeprefix("moderation").removeprefix(":"))
+        return Completed(Moderation(url, name or "omni-moderation-latest"), Relevance())
     raise SafeSteerError(f"--judge {spec!r} is not known; use one of {', '.join(KINDS)}")
+
+
+def _address(text: str) -> tuple[str, str]:
+    """Model and base URL of `MODEL[@URL]`; some models have an @ in their name (`@cf/meta/llama`)."""
+    model, at, rest = text.partition("@http")
+    if not at:
+        model, at, rest = text.partition("@")
+        return model, rest or OPENAI
+    return model, f"http{rest}"

@@ -24,7 +24,7 @@ from safesteer.evaluation.responding import respond
 from safesteer.evaluation.run import model_digest_of
 from safesteer.evaluation.statistics import wilson
 from safesteer.evaluation.suites import Suite, SuiteRow
-from safesteer.judges.base import HALF, OUTCOMES, Judge
+from safesteer.judges.base import HALF, OUTCOMES, Judge, Leaning, count_leanings
 from safesteer.judges.detectors import degeneration
 from safesteer.models import LoadedModel
 from safesteer.next_token import divergences
@@ -43,7 +43,8 @@ BROKEN = 3.0  # times the limit on degenerate texts, by the detector, at which t
 class Assessment:
     """What a candidate did. Rates are fractions of the `n` judged responses; `pruned` says why it was stopped, or is empty.
 
-    `divergence` is the mean next-token KL on the harmless prompts, in nats; `counts` holds the outcomes of each category.
+    `divergence` is the mean next-token KL on the harmless prompts, in nats; `counts` holds the outcomes of each category, and
+    `leanings` the failures of the judge by the side they leaned to.
     """
 
     n: int = 0
@@ -53,6 +54,7 @@ class Assessment:
     failures: int = 0
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     pruned: str = ""
+    leanings: dict[str, int] = field(default_factory=dict)
 
     @property
     def safe(self) -> float:
@@ -69,7 +71,7 @@ class Assessment:
         interval = wilson(round(self.safe * self.n), self.n).model_dump() if self.n else None
         return {
             "n": self.n, "rates": self.rates, "safe_interval": interval, "divergence": self.divergence, "effect": self.effect,
-            "failures": self.failures, "counts": self.counts, "pruned": self.pruned,
+            "failures": self.failures, "leanings": self.leanings, "counts": self.counts, "pruned": self.pruned,
         }  # fmt: skip
 
 
@@ -188,7 +190,7 @@ def assess(
     responses = Ledger(bench.work / "responses.jsonl")
     judgements = Ledger(bench.work / f"judge-{key_of(bench.judge.name)}.jsonl")
     counts: dict[str, Counter[str]] = {}
-    failures = 0
+    failures: list[Leaning | None] = []
     pruned = ""
     for number, part in enumerate(bench.parts):
         rows = respond(
@@ -202,7 +204,8 @@ def assess(
             break
         for row, said in zip(rows, judge_all(bench.judge, rows, judgements), strict=True):
             if said.outcome is None:
-                failures, failed, why = failures + 1, failed + 1, said.failure or ""
+                failures.append(said.leaning)
+                failed, why = failed + 1, said.failure or ""
             else:
                 counts.setdefault(row["category"], Counter())[said.outcome] += 1
         if failed > FAILING * len(rows):
@@ -222,11 +225,12 @@ def _total(counts: dict[str, Counter[str]]) -> tuple[int, int]:
 
 
 def _assessment(
-    counts: dict[str, Counter[str]], divergence: float, effect: float, failures: int, pruned: str
+    counts: dict[str, Counter[str]], divergence: float, effect: float, failures: Sequence[Leaning | None], pruned: str
 ) -> Assessment:
     total, _ = _total(counts)
     rates: dict[str, float] = (
         {name: round(sum(one[name] for one in counts.values()) / total, 4) for name in OUTCOMES} if total else {}
     )
     plain = {name: dict(one) for name, one in counts.items()}
-    return Assessment(total, rates, round(divergence, 6), round(effect, 6), failures, plain, pruned)
+    sides = count_leanings(failures)
+    return Assessment(total, rates, round(divergence, 6), round(effect, 6), len(failures), plain, pruned, sides)
