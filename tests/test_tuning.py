@@ -225,6 +225,22 @@ def test_prompts_without_identifiers_are_told_apart(llama: LoadedModel, bank: Ve
     assert found.n == 8
 
 
+class _Unread(_Short):
+    """Cannot read its own answer to the first exchange it gets."""
+
+    def judge(
+        self, exchanges: Sequence[Exchange], progress: Callable[[int], None] = lambda count: None
+    ) -> list[Judgement]:
+        return [failed("unreadable", "unsafe"), *super().judge(exchanges)[1:]]
+
+
+def test_failures_of_the_judge_are_counted_by_side(llama: LoadedModel, bank: VectorBank, tmp_path: Path) -> None:
+    whole = _bench(llama, bank, tmp_path, judge=_Unread())
+    bench = replace(whole, parts=[Suite("tune", tuple(row for part in whole.parts for row in part))])
+    found = assess(bench, applied(bank, Candidate(0, 2, 0.8)))
+    assert (found.n, found.failures, found.leanings) == (11, 1, {"unsafe": 1})
+
+
 class _Down(_Short):
     """Fails on everything until it is mended."""
 

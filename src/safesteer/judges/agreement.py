@@ -141,8 +141,8 @@ def compare(rows: Sequence[Labelled], judgements: Sequence[Judgement], target: T
         return {**result, **dict.fromkeys(("accuracy", "auroc", "f1", "kappa")), "per_category": {}, "confusion": {}}
     result.update(_agreement(kept, target))
     groups: dict[str, list[tuple[Labelled, Judgement]]] = {}
-    for row, said in kept:
-        groups.setdefault(row.group or "none", []).append((row, said))
+    for pair in kept:
+        groups.setdefault(pair[0].group or "none", []).append(pair)
     result["per_category"] = {
         name: {key: value for key, value in _agreement(members, target).items() if key != "confusion"}
         | {"n": len(members)}
