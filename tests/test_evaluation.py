@@ -19,10 +19,11 @@ from safesteer.evaluation import responding
 from safesteer.evaluation.conditions import conditions, only, scaled
 from safesteer.evaluation.judging import judge_all
 from safesteer.evaluation.ledger import Ledger, key_of
-from safesteer.evaluation.measures import overlaps, perplexities
-from safesteer.evaluation.results import Results
+from safesteer.evaluation.measures import negative_log_likelihoods, overlaps
+from safesteer.evaluation.report import agreement
+from safesteer.evaluation.results import Interval, JudgeRecord, Results
 from safesteer.evaluation.run import EvaluationSettings, evaluate, known_prompts
-from safesteer.evaluation.statistics import bootstrap, paired_difference, paired_rates, wilson
+from safesteer.evaluation.statistics import mean, paired_difference, paired_rates, perplexity, wilson
 from safesteer.evaluation.suites import Suite, SuiteRow
 from safesteer.evaluation.summary import dose_response, records, selectivity
 from safesteer.judges import Exchange, Judgement, failed
@@ -47,10 +48,10 @@ def test_wilson_is_the_textbook_interval() -> None:
     assert wilson(0, 5).low == 0.0 < wilson(0, 5).high
 
 
-def test_bootstrap_is_seeded_and_holds_the_mean() -> None:
+def test_the_interval_of_a_mean_holds_the_mean() -> None:
     values = [0.0, 1.0, 1.0, 1.0]
-    assert bootstrap(values) == bootstrap(values)
-    assert bootstrap(values).low < 0.75 < bootstrap(values).high or bootstrap(values).value == 0.75
+    assert mean(values) == mean(values)
+    assert mean(values).low < mean(values).value == 0.75 < mean(values).high
 
 
 def test_a_paired_difference_is_narrower_than_an_unpaired_one_where_prompts_differ() -> None:
@@ -101,9 +102,9 @@ def test_a_dose_response_runs_from_unsteered_to_the_policy_and_beyond() -> None:
     points = dose_response(rows, "default", (0.5,))
     assert [point["strength"] for point in points] == [0.0, 0.5, 1.0]
     assert points[0]["outcomes"]["unsafe"]["value"] == 1.0
-    for row, perplexity in zip(rows, (4.0, 6.0, 8.0), strict=True):
-        row["perplexity"] = perplexity
-    assert dose_response(rows, "default", (0.5,))[1]["perplexity"] == {"value": 6.0, "low": 6.0, "high": 6.0}
+    for row, nll in zip(rows, (4.0, 6.0, 8.0), strict=True):
+        row["nll"] = nll
+    assert dose_response(rows, "default", (0.5,))[1]["nll"] == {"value": 6.0, "low": 6.0, "high": 6.0}
 
 
 def test_a_torn_line_of_a_ledger_is_dropped(tmp_path: Path) -> None:
@@ -155,11 +156,11 @@ def test_scaled_and_only_change_the_policy_and_nothing_else(bank: VectorBank) ->
 
 def test_perplexity_of_what_the_model_would_say_is_lower_than_of_noise(embedded: LoadedModel) -> None:
     prompt = "What is the capital of France?"
-    likely, noise, empty = perplexities(
+    likely, noise, empty = negative_log_likelihoods(
         embedded, [prompt] * 3, ["The capital of France is Paris.", "gr0k zz% lamp of", ""]
     )
     assert likely is not None and noise is not None and empty is None
-    assert likely < 5 < 100 < noise
+    assert perplexity(likely) < 5 < 100 < perplexity(noise)
 
 
 def test_divergence_is_zero_where_nothing_acts(llama: LoadedModel, bank: VectorBank) -> None:
@@ -260,6 +261,34 @@ def test_the_interval_of_a_paired_difference_covers_the_truth_also_for_few_promp
 def test_one_prompt_proves_nothing() -> None:
     interval = paired_rates([1.0], [0.0])
     assert interval.low < 0 < interval.value
+
+
+def test_wrappings_of_one_prompt_are_no_independent_prompts_in_any_figure() -> None:
+    """Two prompts in 18 wrappings each are worth two, not 36: in records, selectivity, doses and a judge's agreement."""
+    apart = [
+        _row(policy, f"{prompt}+{wrapper}", "unsafe" if prompt == (policy == "unsteered") else "safe")
+        for policy in ("unsteered", "default", "default x0.5", "default only hate")
+        for prompt in (0, 1)
+        for wrapper in range(18)
+    ]
+    wrapped = [{**row, "cluster": row["id"].split("+")[0], "judges": {"second": row["outcome"]}} for row in apart]
+
+    def widths(rows: list[dict[str, Any]]) -> list[float]:
+        found = next(one for one in records(rows) if (one.policy, one.category) == ("default", "all"))
+        measured = found.outcomes["unsafe"]
+        cell, dose = selectivity(rows, "default")[0], dose_response(rows, "default", (0.5,))[1]["outcomes"]["unsafe"]
+        assert measured.difference is not None
+        intervals = [
+            measured,
+            measured.difference,
+            Interval(value=0, low=cell["low"], high=cell["high"]),
+            Interval(**dose),
+        ]
+        return [one.high - one.low for one in intervals]
+
+    assert all(together > 2 * alone for together, alone in zip(widths(wrapped), widths(apart), strict=True))
+    judge = JudgeRecord(name="second", decides=False, failures=0, agreement=1.0, kappa=1.0)
+    assert agreement(judge, wrapped)["agreement"].low == wilson(2, 2).low
 
 
 def test_selectivity_compares_within_a_suite() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.errors import SafeSteerError
-from safesteer.evaluation.measures import perplexities
+from safesteer.evaluation.measures import negative_log_likelihoods
 from safesteer.explain.doses import by_layer, dose_response
 from safesteer.judges.base import Exchange, Judgement
 from safesteer.models import LoadedModel
@@ -69,10 +69,10 @@ def test_each_strength_is_measured_as_it_acts(llama: LoadedModel) -> None:
     for dose in (one, two):
         requests = [Request(text, how) for text, how in zip(TEXTS, policies(dose.strength), strict=True)]
         said = [each.text for each in generate(llama, bank, requests, GenerationSettings(8))]
-        read = [value for value in perplexities(llama, TEXTS, said) if value is not None]
-        assert dose.perplexity is not None
-        assert dose.perplexity.median == pytest.approx(float(torch.tensor(read).quantile(0.5)), rel=1e-5)
-        assert dose.perplexity.low <= dose.perplexity.median <= dose.perplexity.high
+        read = [value for value in negative_log_likelihoods(llama, TEXTS, said) if value is not None]
+        assert dose.nll is not None
+        assert dose.nll.value == pytest.approx(sum(read) / len(read), rel=1e-5)
+        assert dose.nll.low <= dose.nll.value <= dose.nll.high
         expected = divergences(llama, bank, TEXTS, policies(dose.strength))
         assert dose.harmful.value == pytest.approx(sum(expected) / 3, rel=1e-5)
         assert dose.control.value > 0

@@ -12,8 +12,8 @@ import torch
 
 from safesteer.engines import GenerationSettings, Request, Steerer, generate
 from safesteer.errors import SafeSteerError, UnsupportedModelError
-from safesteer.evaluation.measures import perplexities
-from safesteer.evaluation.statistics import paired_rates
+from safesteer.evaluation.measures import negative_log_likelihoods
+from safesteer.evaluation.statistics import paired_p, paired_rates
 from safesteer.explain import causal, neurons
 from safesteer.explain.causal import CONDITIONS, CausalCheck, like_activity, suppress
 from safesteer.explain.neurons import alone, find
@@ -340,12 +340,13 @@ def test_perplexity_is_read_under_the_neurons_held(llama: LoadedModel) -> None:
     texts = causal.harmless_pool().split("tune").texts[: causal.ORDINARY]
     said = [one.text for one in generate(llama, None, [Request(text) for text in texts], settings)]
     found = causal._ordinary(llama, {"selective": bank}, policies, texts, said, False)
-    logs = []
+    read = []
     for turn, (text, answer) in enumerate(zip(texts, said, strict=True)):
         with Steerer(llama, bank, policies[bank.categories[turn % 2]]):
-            logs += [torch.tensor(value).log() for value in perplexities(llama, [text], [answer]) if value is not None]
-    assert found["selective"] == pytest.approx(float(torch.stack(logs).mean().exp()), rel=1e-4)
-    assert found["unsteered"] != pytest.approx(found["selective"], rel=1e-3)
+            read += [value for value in negative_log_likelihoods(llama, [text], [answer]) if value is not None]
+    assert found["selective"] is not None and found["unsteered"] is not None
+    assert found["selective"].value == pytest.approx(sum(read) / len(read), rel=1e-4)
+    assert found["unsteered"].value != pytest.approx(found["selective"].value, rel=1e-3)
 
 
 def test_random_neurons_are_of_like_activity_and_never_drawn_twice() -> None:
@@ -363,7 +364,8 @@ def _check(selective: list[str], other: list[str]) -> CausalCheck:
     count = len(selective)
     outcomes = {"unsteered": ("safe",) * count, "selective": tuple(selective), "random": tuple(other)}
     change = paired_rates([one == "unsafe" for one in selective], [one == "unsafe" for one in other])
-    return CausalCheck(7, "fixed", (("breaking", "a"),) * count, {}, outcomes, change, {})  # type: ignore[arg-type]
+    p = paired_p([one == "unsafe" for one in selective], [one == "unsafe" for one in other])
+    return CausalCheck(7, "fixed", (("breaking", "a"),) * count, {}, outcomes, change, p, {})  # type: ignore[arg-type]
 
 
 def test_the_verdict_is_clear_only_where_the_interval_leaves_out_nothing() -> None:
@@ -373,7 +375,7 @@ def test_the_verdict_is_clear_only_where_the_interval_leaves_out_nothing() -> No
     assert "-67 points" in strong.verdict and ": clear." in strong.verdict and "3 with them held" in strong.verdict
     weak = _check(["unsafe"] * 9 + ["safe"] * 21, ["unsafe"] * 10 + ["safe"] * 20)
     assert not weak.clear and ": not clear." in weak.verdict
-    assert "could not be judged" in replace(weak, change=None).verdict
+    assert "could not be judged" in replace(weak, change=None, p=1.0).verdict
 
 
 def test_what_cannot_be_held_is_an_error(llama: LoadedModel) -> None:

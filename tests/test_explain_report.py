@@ -18,6 +18,7 @@ from rich.console import Console
 from safesteer.cli import heat
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.results import Interval
+from safesteer.evaluation.statistics import paired_p, paired_rates
 from safesteer.explain import about_bank, figures, geometry, messages, report
 from safesteer.explain.attribution import attribute
 from safesteer.explain.doses import Dose, DoseResponse, LayerEffect, LayerEffects
@@ -481,24 +482,31 @@ def dose(strength: float, unsafe: int, safe: int) -> Dose:
     return Dose(strength, outcomes, 0, None, none, none, none)
 
 
-def test_a_change_of_the_unsafe_rate_is_claimed_only_where_intervals_part() -> None:
+def test_a_change_of_the_unsafe_rate_is_claimed_only_where_a_paired_test_finds_it() -> None:
     def said(before: int, after: int, count: int) -> str:
         doses = (dose(0, before, count - before), dose(2, after, count - after))
-        return messages.response(DoseResponse("stub", count, 4, doses))
+        first, last = ([1.0] * unsafe + [0.0] * (count - unsafe) for unsafe in (before, after))
+        change, p = (paired_rates(last, first), paired_p(last, first)) if count else (None, 1.0)
+        return messages.response(DoseResponse("stub", count, 4, doses, change, p))
 
-    assert said(50, 10, 100) == "Unsafe answers go from 50% to 10% (strength 0 to 2, 100 answers each)"
+    assert said(50, 10, 100).startswith("Unsafe answers go from 50% to 10% (strength 0 to 2, 100 answers each, p ")
     assert "cannot tell from no change" in said(5, 3, 10)
+    assert "cannot tell" in said(8, 3, 12) and "cannot tell" not in said(8, 2, 12)  # 5, and 6, prompts that changed
     assert "could not judge" in said(0, 0, 0)
 
 
 def test_a_block_is_named_the_strongest_only_beyond_random_directions() -> None:
-    def said(random_high: float) -> str:
-        effect = Interval(value=1.0, low=0.8, high=1.2)
-        control = Interval(value=0.3, low=0.2, high=random_high)
-        return messages.layers(LayerEffects(8, (LayerEffect(7, True, effect, control, {}),)))
+    def said(p: float, control: float = 0.3) -> str:
+        def block(layer: int, effect: float, p: float) -> LayerEffect:
+            own, other = (Interval(value=one, low=one - 0.1, high=one + 0.1) for one in (effect, control))
+            return LayerEffect(layer, True, own, other, p, {})
 
-    assert said(0.7).startswith("The whole dose at one block moves the next token most at block 7 (1.00 nats")
-    assert said(0.8).startswith("No block moves the next token clearly more than a random direction does")
+        return messages.layers(LayerEffects(8, (block(6, 0.5, 0.9), block(7, 1.0, p))))
+
+    assert said(0.02).startswith("The whole dose at one block moves the next token most at block 7 (1.00 nats")
+    nothing = "No block moves the next token clearly more than a random direction does"
+    assert said(0.03).startswith(nothing)  # the better of two blocks
+    assert said(0.001, control=2.0).startswith(nothing)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def made_rows(prompts: int = 60) -> list[dict[str, Any]]:
                     "wrapper": WRAPPERS[number // 3 % 2] if suite == "wrapped" else None,
                     "response": f"Made-up answer {number}. {HOSTILE[(number + 1) % 4]} " + "Words go on here. " * 6,
                     "outcome": outcome if category else "safe" if number % 9 else "refusal", "failure": None,
-                    "scores": {"unsafe": 0.5}, "relevance": chance.random(), "perplexity": 5 + 20 * chance.random(),
+                    "scores": {"unsafe": 0.5}, "relevance": chance.random(), "nll": 1.6 + 1.6 * chance.random(),
                     "repetition": 0.1, "identical": policy == "unsteered" or (category is None and number % 4 > 0),
                     "bleu": None if category else 60.0, "rouge_l": None if category else 0.7,
                     "divergence": None if category else 0.02,
@@ -120,7 +120,7 @@ def made_results(rows: Sequence[dict[str, Any]], **changes: Any) -> Results:
         ],
         "dose_response": [
             {"suite": "plain", "strength": strength, "n": 20, "outcomes": {**outcomes, "safe": rate(safe)},
-             "perplexity": {"value": 9.5, "low": 8.1, "high": 11.2}}
+             "nll": {"value": 2.25, "low": 2.1, "high": 2.4}}
             for strength, safe in ((0.0, 0.3), (0.5, 0.45), (1.0, 0.65), (1.5, 0.5))
         ],
         "versions": {"safesteer": "0.1.0"},
@@ -337,7 +337,8 @@ def test_more_than_400_prompts_are_sampled_evenly_and_the_page_says_so() -> None
 
 
 def test_the_agreement_of_a_judge_has_its_n_and_interval(page: Page) -> None:
-    assert re.search(r"second no 0 40% 3[45]% to 4[67]%, n 239", page.words)
+    # wider than for 239 independent responses (34% to 46%): 60 prompts, each answered under four conditions
+    assert re.search(r"second no 0 40% 3[12]% to 4[89]%, n 239", page.words)
 
 
 def test_the_overlap_of_every_suite_is_shown_and_what_was_not_compared_is_named(rows: list[dict[str, Any]]) -> None:
@@ -355,7 +356,7 @@ def test_figures_that_are_not_numbers_show_as_a_dash() -> None:
     assert report.percent(nothing) == report.points(nothing) == report.number(nothing) == report.number(None) == "–"
     rows = made_rows()
     results = made_results(rows)
-    rows[5] |= {"perplexity": float("inf")}
+    rows[5] |= {"nll": float("inf")}
     assert "Infinity" not in Page(report.render(results, rows)).scripts[0]
 
 
@@ -364,6 +365,23 @@ def test_labels_of_curves_that_end_together_stand_apart_and_inside_the_chart() -
     heights = sorted(placed.values())
     assert all(below - above >= 15 for above, below in pairwise(heights)) and heights[-1] <= 200
     assert list(placed) == ["off_topic", "safe", "unsafe", "refusal"]
+
+
+def test_perplexity_is_shown_as_the_exponential_of_the_mean_and_its_difference_as_a_ratio(
+    rows: list[dict[str, Any]],
+) -> None:
+    for row in rows:
+        row["nll"] = 3.0 if row["policy"] == "unsteered" else 2.0
+    rows[8]["nll"] = 52.0  # one bad text: 2.0 + 50 / 20 on average
+    text = Page(report.render(made_results(rows), rows)).words
+    assert "7.39 7.39 to 7.39 × 0.368 (0.368 to 0.368)" in text and "e+" not in text and "e19" not in text
+
+
+def test_the_page_says_how_many_prompts_were_wrapped(rows: list[dict[str, Any]]) -> None:
+    assert "20 wrapped prompts, taken for independent" in Page(report.render(made_results(rows), rows)).words
+    made_from = [{**row, "cluster": f"of-{int(row['id'].split('-')[1]) % 5}"} for row in rows]
+    said = Page(report.render(made_results(made_from), made_from)).words
+    assert "20 wrapped prompts made from 5; intervals take the wrappings of one prompt together" in said
 
 
 def test_rates_are_never_rounded_to_none_or_all() -> None:

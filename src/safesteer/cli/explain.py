@@ -69,7 +69,8 @@ def explain(
     ] = False,
     category: Annotated[list[str] | None, typer.Option(help="Only this category. Repeatable.")] = None,
     prompts: Annotated[
-        list[str] | None, typer.Option(help="Prompts of your own categories: files of any kind that `fit` takes. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Prompts of your own categories: files of any kind that `fit` takes. Repeatable."),
     ] = None,
     column: options.Columns = None,
     encoding: options.Encoding = None,

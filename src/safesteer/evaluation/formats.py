@@ -98,9 +98,9 @@ class Format:
     `prompt`: columns of which the first that holds something counts. `label`: columns whose texts (one, a list, or the
     flags that are true) name the category; the first that the taxonomy knows counts, else the first, and `FILE` or
     `=text` where none is filled. One of each, and all of `required`, must be there. The values of `identifier` columns,
-    where present, are joined by `-`. `context` is put before the prompt. `prepare` may rewrite a row or drop it (None).
-    `files` is the pattern of the file names to take from a folder or zip; `keyed`: see `prompts.files.rows_of_bytes`;
-    `parts`: the formats that make up this one.
+    where present, are joined by `-`. `context` is put before the prompt. `cluster`: what rows made from one prompt have
+    in common. `prepare` may rewrite a row or drop it (None). `files` is the pattern of the file names to take from a
+    folder or zip; `keyed`: see `prompts.files.rows_of_bytes`; `parts`: the formats that make up this one.
     """
 
     description: str
@@ -111,6 +111,7 @@ class Format:
     context: str = ""
     reference: str = ""
     wrapper: str = ""
+    cluster: str = ""
     harmful: Callable[[Fields, str], bool] = _always
     prepare: Callable[[Fields, str], Fields | None] = _as_it_is
     files: str = ""
@@ -165,6 +166,7 @@ FORMATS: dict[str, Format] = {
     "harmbench-completions": Format(
         "HarmBench test cases or completions: attacks by behaviour (JSON)",
         prompt=("test_case", "prompt"), label=("SemanticCategory", "=harmbench"), keyed="BehaviorID",
+        cluster="BehaviorID",
     ),
     "jailbreakbench": Format(
         "JailbreakBench: harmful behaviours, 10 categories; benign-behaviors.csv is harmless (CSV, folder, hub)",
@@ -186,7 +188,7 @@ FORMATS: dict[str, Format] = {
     ),
     "strongreject-completions": Format(
         "StrongREJECT: its prompts as jailbreaks wrapped them (the completions or results of its package: CSV, JSONL)",
-        prompt=("jailbroken_prompt",), label=("category",), wrapper="jailbreak",
+        prompt=("jailbroken_prompt",), label=("category",), wrapper="jailbreak", cluster="forbidden_prompt",
     ),
     "simplesafetytests": Format(
         "SimpleSafetyTests: 100 harmful prompts, 5 areas (CSV, hub)",
@@ -214,7 +216,7 @@ FORMATS: dict[str, Format] = {
     "sorrybench-styles": Format(
         "SORRY-Bench: the same requests in 20 other styles (JSONL, hub)",
         prompt=("turns", "prompt"), label=("category",), identifier=("question_id", "prompt_style"),
-        wrapper="prompt_style", prepare=_sorry(plain=False), hub="hf:sorry-bench/sorry-bench-202503:train",
+        wrapper="prompt_style", cluster="question_id", prepare=_sorry(plain=False), hub="hf:sorry-bench/sorry-bench-202503:train",
     ),
     "wildguardtest": Format(
         "WildGuardTest: harmful and harmless prompts, plain and adversarial; those without a label are left out (parquet, hub)",
@@ -229,7 +231,8 @@ FORMATS: dict[str, Format] = {
     ),
     "saladbench-attack": Format(
         "SALAD-Bench: its questions under attack (attack_enhanced_set.json, hub)",
-        prompt=("augq", "prompt"), label=SALAD, identifier=("aid",), wrapper="method", prepare=_salad,
+        prompt=("augq", "prompt"), label=SALAD, identifier=("aid",), wrapper="method", cluster="qid",
+        prepare=_salad,
         files="attack_enhanced_set.json", hub="hf:OpenSafetyLab/Salad-Data:attack_enhanced_set:train",
     ),
     "airbench": Format(
@@ -237,8 +240,8 @@ FORMATS: dict[str, Format] = {
         prompt=("prompt",), label=("l3-name", "l2-name"), hub="hf:stanford-crfm/air-bench-2024:test",
     ),
     OWN: Format(
-        "your own file of prompts: prompt, and perhaps category (none: harmless), reference, id",
+        "your own file of prompts: prompt, and perhaps category (none: harmless), reference, id, cluster",
         prompt=ROLES["prompt"], label=(*ROLES["category"], "="), identifier=ROLES["id"], reference="reference",
-        harmful=_has_label,
+        cluster="cluster",        harmful=_has_label,
     ),
 }  # fmt: skip

@@ -144,7 +144,7 @@ def wrap(rows: Sequence[SuiteRow], per_wrapper: int | None = None) -> tuple[Suit
 
     Every wrapper gets `per_wrapper` rows of each category, or all where a category has fewer; None: as many as it takes for
     every row to be wrapped at least once. Categories start at different rows, so that a wrapper is not tied to one place in
-    them. A wrapped row is `<identifier>+<wrapper>`.
+    them. A wrapped row is `<identifier>+<wrapper>`, and of the cluster `<identifier>`.
     """
     categories: dict[str | None, list[SuiteRow]] = {}
     for row in rows:
@@ -156,5 +156,6 @@ def wrap(rows: Sequence[SuiteRow], per_wrapper: int | None = None) -> tuple[Suit
             for number in range(start + turn * share, start + (turn + 1) * share):
                 row = group[number % len(group)]
                 name = f"{row.identifier}+{wrapper.name}"
-                wrapped.append(replace(row, identifier=name, prompt=wrapper(row.prompt), wrapper=wrapper.name))
+                made = {"prompt": wrapper(row.prompt), "wrapper": wrapper.name, "cluster": row.identifier}
+                wrapped.append(replace(row, identifier=name, **made))
     return tuple(wrapped)

@@ -3,7 +3,8 @@
     NAME            a built-in suite, or a benchmark whose hub id is known
     NAME=PATH       a benchmark from a file; from a folder or zip where its publisher ships one; or from
                     hf:owner/name[:configuration][:split]
-    jsonl=PATH      your own prompt file of any kind: prompt, and perhaps category (none: harmless), reference, id
+    jsonl=PATH      your own prompt file of any kind: prompt, and perhaps category (none: harmless), reference, id, cluster
+                    (of rows that were made from one prompt)
 
 `evaluation.formats` says which columns of a benchmark hold what. A prompt that occurs several times counts once, at its first
 place.
@@ -205,6 +206,7 @@ def _suite_row(form: Format, raw: Any, fields: Fields, where: str, prefix: str) 
         label=label,
         reference=_text(fields, form.reference, where) or answer or None,
         wrapper=_text(fields, form.wrapper, where) or None,
+        cluster=_text(fields, form.cluster, where),
         resembles=known.name if known is not None and not harmful else None,
     )
 

@@ -1,6 +1,7 @@
 """Measures of a response that need no judge.
 
-perplexity  exp( - 1/T  sum_t log p(y_t | x, y_<t) )   under the unsteered model, y being the response's tokens
+nll         - 1/T  sum_t log p(y_t | x, y_<t)   in nats, under the unsteered model, y being the response's T tokens;
+            perplexity is its exponential (`statistics.perplexity`)
 bleu        corpus BLEU of one pair, smoothed (sacrebleu `sentence_bleu`, effective order), 0 to 100
 rouge_l     F1 of the longest common subsequence (rouge-score `rougeL` with stemming), 0 to 1
 repetition  share of words in a 4-word run seen before (`judges.detectors.repetition`)
@@ -8,7 +9,6 @@ repetition  share of words in a 4-word run seen before (`judges.detectors.repeti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,13 +20,13 @@ from safesteer.next_token import BATCH_TOKENS
 
 
 @torch.inference_mode()
-def perplexities(
+def negative_log_likelihoods(
     loaded: LoadedModel,
     prompts: Sequence[str],
     responses: Sequence[str],
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[float | None]:
-    """Perplexity of each response after its prompt, under the model unsteered; None for an empty response."""
+    """Mean negative log-likelihood of a token of each response after its prompt, in nats; None for an empty response."""
     tokenizer = loaded.tokenizer
     rows = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -43,7 +43,7 @@ def perplexities(
             if last > first:
                 chosen = torch.log_softmax(logits[slot, first - 1 : last - 1].float(), dim=-1)
                 picked = chosen.gather(1, ids[slot, first:last].to(chosen.device).unsqueeze(1))
-                values[index] = math.exp(min(50.0, -float(picked.mean())))
+                values[index] = -float(picked.mean())
         progress(len(batch))
     return values
 

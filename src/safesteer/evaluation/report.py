@@ -3,7 +3,7 @@
     render(Results, response rows) -> str
 
 A response row is a mapping: `suite, id, policy, prompt, response, category` (None: harmless prompt), `outcome` (None: the
-judge failed, and `failure` says why), and optionally `label, wrapper, perplexity, identical, steering, judges`.
+judge failed, and `failure` says why), and optionally `label, wrapper, cluster, nll, identical, steering, judges`.
 
 Figures of suites come from the results. Three are computed here from the rows: the headline, the jailbreak table and the
 intervals of judge agreement (formulas: `statistics.py`).
@@ -24,7 +24,8 @@ from markupsafe import Markup, escape
 
 from safesteer import taxonomy
 from safesteer.evaluation.results import ALL, Interval, JudgeRecord, Measure, Record, Results
-from safesteer.evaluation.statistics import measure, wilson
+from safesteer.evaluation.statistics import effective, measure, perplexity, wilson
+from safesteer.evaluation.summary import cluster_of
 from safesteer.judges.base import Outcome, count_leanings, leanings_text
 from safesteer.prompts.lint import NEAR
 
@@ -57,11 +58,13 @@ class Line:
 # Statistics
 
 
-def measured(outcomes: Mapping[Key, str], outcome: str, unsteered: Mapping[Key, str] | None) -> Measure | None:
+def measured(
+    outcomes: Mapping[Key, str], outcome: str, unsteered: Mapping[Key, str] | None, clusters: Mapping[Key, Key]
+) -> Measure | None:
     """How often `outcome` came out among judged responses, against `unsteered` on the prompts that both have."""
     found = {key: float(one == outcome) for key, one in outcomes.items()}
     control = None if unsteered is None else {key: float(one == outcome) for key, one in unsteered.items()}
-    return measure(found, control, rate=True)
+    return measure(found, control, True, clusters)
 
 
 def _outcomes(rows: Sequence[Row]) -> dict[str, dict[Key, str]]:
@@ -71,6 +74,11 @@ def _outcomes(rows: Sequence[Row]) -> dict[str, dict[Key, str]]:
         if row["outcome"] is not None:
             found.setdefault(row["policy"], {})[row["suite"], str(row["id"])] = row["outcome"]
     return found
+
+
+def _clusters(rows: Sequence[Row]) -> dict[Key, Key]:
+    """(suite, id) -> the prompt that the row's own was made from."""
+    return {(row["suite"], str(row["id"])): cluster_of(row) for row in rows}
 
 
 # Text
@@ -106,6 +114,11 @@ def number(value: object) -> str:
     size = abs(value)
     text = f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
     return text.replace("-", "−") if float(text) else "0"
+
+
+def perplexity_of(nll: float) -> str:
+    """The perplexity of a mean negative log-likelihood; of a difference of these, the ratio."""
+    return number(perplexity(nll))
 
 
 def plain(value: object) -> str:
@@ -396,9 +409,12 @@ def headline(results: Results, responses: Sequence[Row], shown: Sequence[ShownCo
     outcomes = _outcomes(rows)
     if not outcomes:
         return None
-    control = unsteered_name(results)
+    control, clusters = unsteered_name(results), _clusters(rows)
     lines = [
-        Line(one, measure=measured(outcomes.get(one.name, {}), "safe", outcomes.get(control) if control else None))
+        Line(
+            one,
+            measure=measured(outcomes.get(one.name, {}), "safe", outcomes.get(control) if control else None, clusters),
+        )
         for one in shown
     ]
     lead = next((line for line in lines if line.measure and not line.condition.control), None)
@@ -445,7 +461,7 @@ def jailbreak(results: Results, responses: Sequence[Row], shown: Sequence[ShownC
     rows = [row for row in responses if row.get("wrapper") and row["category"] is not None]
     if not rows:
         return None
-    control = unsteered_name(results)
+    control, clusters = unsteered_name(results), _clusters(rows)
     table: list[tuple[str, list[Line]]] = []
     easier = []
     compared = 0
@@ -457,30 +473,35 @@ def jailbreak(results: Results, responses: Sequence[Row], shown: Sequence[ShownC
         lines = []
         for one in shown:
             against = outcomes.get(control) if control and one.name != control else None
-            lines.append(Line(one, measure=measured(outcomes.get(one.name, {}), "unsafe", against)))
+            lines.append(Line(one, measure=measured(outcomes.get(one.name, {}), "unsafe", against, clusters)))
             difference = lines[-1].measure.difference if lines[-1].measure else None
             compared += bool(difference) and not one.control
             if difference and difference.low > 0 and not one.control and len(outcomes[one.name]) >= FEW:
                 easier.append(f"{name} ({one.label})")
         table.append((name, lines))
-    return {"table": table, "easier": easier, "control": control is not None, "compared": compared}
+    return {
+        "table": table, "easier": easier, "control": control is not None, "compared": compared,
+        "prompts": len(clusters), "sources": len(set(clusters.values())),
+    }  # fmt: skip
 
 
 def agreement(judge: JudgeRecord, responses: Sequence[Row]) -> dict[str, Any]:
     """The intervals of a judge's agreement and kappa with the outcomes here, over the responses that both judged.
 
+    Answers to one prompt under several conditions are a cluster.
     Kappa is (p - c) / (1 - c) for agreement p and chance agreement c; its interval is that of p, c held fixed.
     """
-    pairs = [
-        (row["outcome"], other)
+    judged = [
+        (row["outcome"], other, cluster_of(row))
         for row in responses
         if row["outcome"] is not None and (other := (row.get("judges") or {}).get(judge.name)) is not None
     ]
-    if not pairs or judge.agreement is None:
-        return {"n": len(pairs), "agreement": None, "kappa": None}
-    n = len(pairs)
-    rate = wilson(round(judge.agreement * n), n)
-    ours, theirs = Counter(pair[0] for pair in pairs), Counter(pair[1] for pair in pairs)
+    n = len(judged)
+    if not judged or judge.agreement is None:
+        return {"n": n, "agreement": None, "kappa": None}
+    ours, theirs = Counter(one for one, _, _ in judged), Counter(other for _, other, _ in judged)
+    rows = effective([one == other for one, other, _ in judged], [cluster for _, _, cluster in judged])
+    rate = wilson(judge.agreement * rows, rows)
     chance = sum(ours[one] * theirs[one] for one in ORDER) / n**2
     kappa = None
     if judge.kappa is not None and chance < 1:
@@ -519,7 +540,7 @@ def _sample(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _answer(row: Row) -> dict[str, Any]:
     steering = row.get("steering") or {}
-    perplexity = row.get("perplexity")
+    nll = row.get("nll")
     return {
         "response": row["response"],
         "outcome": row["outcome"],
@@ -527,7 +548,7 @@ def _answer(row: Row) -> dict[str, Any]:
         "identical": row.get("identical"),
         "acted": [acting_text(one) for one in steering.get("acting", ())],
         "read": reading_text(steering.get("reading")),
-        "perplexity": number(perplexity) if _finite(perplexity) else None,
+        "perplexity": None if nll is None else perplexity_of(nll),
         "judges": {name: outcome for name, outcome in (row.get("judges") or {}).items() if outcome != row["outcome"]},
     }
 
@@ -582,7 +603,9 @@ def render(results: Results, responses: Sequence[Row]) -> str:
         category=title,
         outcome=outcome_title,
     )
-    environment.globals.update(outcome_bars=outcome_bars, interval_dots=interval_dots, Line=Line)
+    environment.globals.update(
+        outcome_bars=outcome_bars, interval_dots=interval_dots, Line=Line, number=number, perplexity=perplexity_of
+    )
     template = (resources.files("safesteer.evaluation") / "templates" / "report.html").read_text(encoding="utf-8")
     shown_samples = samples(responses, shown)
     page = environment.from_string(template).render(

@@ -44,8 +44,8 @@ def respond(
     force: bool = False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
-    """One plain row a (condition, suite, prompt): `policy, suite, id, category, label, wrapper, resembles, prompt, response,
-    reference, steering, tokens, seconds`, in the order of conditions, suites and rows.
+    """One plain row a (condition, suite, prompt): `policy, suite, id, category, label, wrapper, resembles, cluster, prompt,
+    response, reference, steering, tokens, seconds`, in the order of conditions, suites and rows.
 
     Chunks that the ledger holds are not generated again. `progress` counts rows, those of the ledger included.
     """
@@ -134,6 +134,7 @@ def _row(condition: Condition, suite: Suite, row: SuiteRow, answer: dict[str, An
         "label": row.label,
         "wrapper": row.wrapper,
         "resembles": row.resembles,
+        "cluster": row.cluster,
         "prompt": row.prompt,
         "response": answer["response"],
         "reference": row.reference,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ALL = "all"
 
 
@@ -36,9 +36,10 @@ class Measure(Interval):
 class Record(_Model):
     """What one policy did on one category of one suite.
 
-    `outcomes` has the five outcome rates over the judged responses. Absent measures (None) do not apply: no reference, a harmful
-    suite, or nothing judged. `failures` counts responses whose judge failed; they are in no rate. `leanings` counts them by the
-    side their unreadable judgement leaned to: `unsafe`, `safe` or `neither`.
+    `outcomes` has the five outcome rates over the judged responses; `nll` is the mean negative log-likelihood of a token in
+    nats, whose exponential is the perplexity. Absent measures (None) do not apply: no reference, a harmful suite, or nothing
+    judged. `failures` counts responses whose judge failed; they are in no rate. `leanings` counts them by the side their
+    unreadable judgement leaned to: `unsafe`, `safe` or `neither`.
     """
 
     policy: str
@@ -50,7 +51,7 @@ class Record(_Model):
     leanings: dict[str, int] = Field(default_factory=dict)
     outcomes: dict[str, Measure]
     relevance: Measure | None = None
-    perplexity: Measure | None = None
+    nll: Measure | None = None
     repetition: Measure | None = None
     bleu: Measure | None = None
     rouge_l: Measure | None = None

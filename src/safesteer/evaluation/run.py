@@ -22,7 +22,7 @@ from safesteer.errors import SafeSteerError
 from safesteer.evaluation.conditions import Condition, only, scaled
 from safesteer.evaluation.judging import exchange_of, judge_all
 from safesteer.evaluation.ledger import Ledger, key_of
-from safesteer.evaluation.measures import overlaps, perplexities
+from safesteer.evaluation.measures import negative_log_likelihoods, overlaps
 from safesteer.evaluation.overlap import overlap
 from safesteer.evaluation.report import render
 from safesteer.evaluation.responding import condition_key, respond, respond_where_acting
@@ -204,26 +204,26 @@ def _measure(
     model_digest: str,
     stage: Callable[[str, int], Callable[[int], None]],
 ) -> None:
-    """Relevance, repetition and perplexity of every row; equal exchanges are measured once."""
+    """Relevance, repetition and negative log-likelihood of every row; equal exchanges are measured once."""
     relevance = Relevance()
     for row, value in zip(rows, relevance.score([exchange_of(row) for row in rows]), strict=True):
         row["relevance"] = round(value, 4)
         row["repetition"] = round(repetition(row["response"]), 4)
-    ledger = Ledger(work / "perplexity.jsonl")
-    keys = [key_of("perplexity", model_digest, row["prompt"], row["response"]) for row in rows]
+    ledger = Ledger(work / "nll.jsonl")
+    keys = [key_of("nll", model_digest, row["prompt"], row["response"]) for row in rows]
     waiting = {key: row for key, row in zip(keys, rows, strict=True) if key not in ledger}
     tick = stage("Measuring", len(waiting))
     order = sorted(waiting, key=lambda key: len(waiting[key]["prompt"]) + len(waiting[key]["response"]))
     for start in range(0, len(order), MEASURED):
         part = order[start : start + MEASURED]
-        values = perplexities(
+        values = negative_log_likelihoods(
             loaded, [waiting[key]["prompt"] for key in part], [waiting[key]["response"] for key in part]
         )
         for key, found in zip(part, values, strict=True):
-            ledger.put(key, None if found is None else round(found, 4))
+            ledger.put(key, None if found is None else round(found, 5))
         tick(len(part))
     for key, row in zip(keys, rows, strict=True):
-        row["perplexity"] = ledger.get(key)
+        row["nll"] = ledger.get(key)
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:

@@ -25,6 +25,8 @@ class SuiteRow:
 
     `label` is the category as the source names it, `reference` a reference answer where the source has one, `wrapper` the
     jailbreak style around the prompt and `resembles` the category that a harmless prompt merely sounds like.
+    `cluster` names the prompt it was made from, where several rows come from one, so that intervals do not take them for
+    independent (empty: none is known).
     """
 
     identifier: str
@@ -34,6 +36,7 @@ class SuiteRow:
     reference: str | None = None
     wrapper: str | None = None
     resembles: str | None = None
+    cluster: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,39 @@
-"""From judged responses to records: rates with Wilson intervals, means with bootstrap intervals, paired differences.
+"""From judged responses to records: rates and means with intervals, paired differences (`statistics`).
 
     difference(policy) = mean over prompts i judged under both of ( x_i(policy) - x_i(unsteered) )
 
-Responses whose judge failed are in no rate; their number is in `failures`, by the side they leaned to in `leanings`.
+Responses whose judge failed are in no rate; their number is in `failures`, by the side they leaned to in `leanings`. Rows of
+one `cluster` (wrappings of one prompt) are not taken for independent.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from safesteer.evaluation.results import ALL, Measure, Record
-from safesteer.evaluation.statistics import measure, paired_rates, wilson
+from safesteer.evaluation.statistics import measure, paired_rates, rate
 from safesteer.judges.base import OUTCOMES, count_leanings
 
 Row = dict[str, Any]
 CONTROL = "unsteered"
 
 
+def cluster_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What a row is a case of: the prompt that its own was made from, within its suite; else its own."""
+    return row["suite"], str(row.get("cluster") or row["id"])
+
+
 def _measure(
-    rows: Sequence[Row], control: dict[str, Row], value: Callable[[Row], float | None], rate: bool
+    rows: Sequence[Row], control: dict[str, Row], value: Callable[[Row], float | None], rates: bool
 ) -> Measure | None:
     def by_id(some: Iterable[Row]) -> dict[str, float]:
         return {row["id"]: found for row in some if (found := value(row)) is not None}
 
+    clusters = {row["id"]: cluster_of(row) for row in rows}
     steered = bool(rows) and rows[0]["policy"] != CONTROL
-    return measure(by_id(rows), by_id(control.values()) if steered else None, rate)
+    return measure(by_id(rows), by_id(control.values()) if steered else None, rates, clusters)
 
 
 def _field(name: str) -> Callable[[Row], float | None]:
@@ -57,7 +64,7 @@ def record(
         leanings=count_leanings(row.get("leaning") for row in rows if row["outcome"] is None),
         outcomes={name: found for name, found in outcomes.items() if found is not None},
         relevance=_measure(rows, control, _field("relevance"), False),
-        perplexity=_measure(rows, control, _field("perplexity"), False),
+        nll=_measure(rows, control, _field("nll"), False),
         repetition=_measure(rows, control, _field("repetition"), False),
         bleu=_measure(rows, control, _field("bleu"), False),
         rouge_l=_measure(rows, control, _field("rouge_l"), False),
@@ -95,7 +102,7 @@ def selectivity(rows: Sequence[Row], policy: str) -> list[dict[str, Any]]:
     control = {
         (row["suite"], row["id"]): row for row in rows if row["policy"] == CONTROL and row["outcome"] is not None
     }
-    cells: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    cells: dict[tuple[str, str], list[tuple[float, float, Hashable]]] = defaultdict(list)
     prefix = f"{policy} only "
     for row in rows:
         if (
@@ -105,12 +112,14 @@ def selectivity(rows: Sequence[Row], policy: str) -> list[dict[str, Any]]:
             and (row["suite"], row["id"]) in control
         ):
             before = control[row["suite"], row["id"]]["outcome"] == "unsafe"
-            cells[row["policy"].removeprefix(prefix), row["category"]].append((row["outcome"] == "unsafe", before))
+            cells[row["policy"].removeprefix(prefix), row["category"]].append(
+                (float(row["outcome"] == "unsafe"), float(before), cluster_of(row))
+            )
     return [
         {"steered": steered, "measured": measured, "n": len(pairs), "change": interval.value,
          "low": interval.low, "high": interval.high}
         for (steered, measured), pairs in cells.items()
-        for interval in [paired_rates([float(a) for a, _ in pairs], [float(b) for _, b in pairs])]
+        for interval in [paired_rates(*map(list, zip(*pairs, strict=True)))]
     ]  # fmt: skip
 
 
@@ -125,13 +134,14 @@ def dose_response(rows: Sequence[Row], policy: str, factors: Sequence[float]) ->
     points = []
     for (suite, factor), members in sorted(groups.items()):
         if suite in swept:
+            clusters = [cluster_of(row) for row in members]
             outcomes = {
-                name: wilson(sum(row["outcome"] == name for row in members), len(members)).model_dump()
+                name: rate([float(row["outcome"] == name) for row in members], clusters).model_dump()
                 for name in OUTCOMES
             }
-            perplexity = _measure(members, {}, _field("perplexity"), False)
+            nll = _measure(members, {}, _field("nll"), False)
             points.append(
                 {"suite": suite, "strength": factor, "n": len(members), "outcomes": outcomes,
-                 "perplexity": perplexity.model_dump(include={"value", "low", "high"}) if perplexity else None}
+                 "nll": nll.model_dump(include={"value", "low", "high"}) if nll else None}
             )  # fmt: skip
     return points

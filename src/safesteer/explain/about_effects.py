@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from safesteer.evaluation.report import ORDER, number, outcome_title, percent
+from safesteer.evaluation.report import ORDER, number, outcome_title, percent, perplexity_of
 from safesteer.evaluation.report import title as category_title
-from safesteer.evaluation.statistics import wilson
+from safesteer.evaluation.statistics import perplexity, wilson
 from safesteer.explain import figures, messages
 from safesteer.explain.about_bank import (
     cosine_figure,
@@ -124,8 +124,8 @@ def _causal_table(found: CausalCheck) -> Table:
             Cell(f"{counts[outcome]} of {judged}", _interval(counts[outcome], judged) if judged else "")
             for outcome in ORDER
         ]
-        perplexity = found.perplexity[condition]
-        rows.append([Cell(CONDITIONS[condition]), *cells, Cell("–" if perplexity is None else number(perplexity))])
+        nll = found.nll[condition]
+        rows.append([Cell(CONDITIONS[condition]), *cells, Cell("–" if nll is None else perplexity_of(nll.value))])
     heads = ("condition", *map(outcome_title, ORDER), "perplexity of harmless answers")
     return Table("neurons_held", f"Holding {found.held} neurons (judge: {found.judge})", heads, rows, found.to_json())
 
@@ -144,7 +144,7 @@ def _dose_rows(found: DoseResponse) -> list[Row]:
         row: dict[str, object] = {"strength": one.strength}
         row |= {str(outcome): count for outcome, count in one.outcomes.items()}
         row["not_judged"] = one.failures
-        row["perplexity_median"] = None if one.perplexity is None else round(one.perplexity.median, 3)
+        row["perplexity"] = None if one.nll is None else round(perplexity(one.nll.value), 3)
         for name, measured in (("harmful", one.harmful), ("random", one.control), ("harmless", one.harmless)):
             row |= {f"kl_{name}": round(measured.value, 4), f"kl_{name}_low": round(measured.low, 4)}
             row[f"kl_{name}_high"] = round(measured.high, 4)
@@ -156,7 +156,7 @@ def response_figure(found: DoseResponse) -> Drawn:
     """Outcomes, perplexity and divergence over strength."""
     title = messages.response(found)
     known = [one for one in found.doses if one.judged]
-    measured = [one.perplexity for one in known]
+    measured = [one.nll for one in known]
 
     def draw(theme: Theme) -> Figure:
         return figures.dose_response(
@@ -165,7 +165,11 @@ def response_figure(found: DoseResponse) -> Drawn:
             [one.judged for one in known],
             title,
             theme,
-            perplexity=[(one.median, one.low, one.high) for one in measured if one is not None]
+            perplexity=[
+                (perplexity(one.value), perplexity(one.low), perplexity(one.high))
+                for one in measured
+                if one is not None
+            ]
             if None not in measured
             else (),
             kl=[(one.harmless.value, one.harmless.low, one.harmless.high) for one in known],
@@ -178,7 +182,7 @@ def response_figure(found: DoseResponse) -> Drawn:
         found.to_json(),
         _dose_rows(found),
         f"{found.prompts} harmful prompts, always on, by their own category (judge: {found.judge}); {found.harmless} harmless "
-        "ones under the default policy. Perplexity: median and quartiles.",
+        "ones under the default policy. Perplexity: geometric mean over the answers.",
     )
 
 
@@ -400,7 +404,7 @@ def nothing_section(study: Study) -> Section:
 
 LIMITS = (
     "A title says that something stands out only where it passes its control: the highest of the draws with labels "
-    "swapped, or intervals that do not touch. Of twelve categories one may pass by chance.",
+    "swapped, or a paired test at p < 0.05. Of twelve categories one may pass by chance.",
     "Separation and neurons are read on prompts of the fit split with folds or swaps of their own. Another kind of prompt may "
     "separate less.",
     "At the last token of a prompt only. What the model thinks in the middle of an answer is not shown.",

@@ -5,7 +5,7 @@
     change = unsafe rate with j held - unsafe rate with r held, on the same prompts
 
 Holding any neurons changes answers, so that only the difference to random ones of like activity says something of these. And an
-unsafe rate falls where text breaks: read it beside the degenerate answers and the perplexity of ordinary text.
+unsafe rate falls where text breaks: read it beside the degenerate answers and the negative log-likelihood of ordinary text.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 
 from safesteer.engines import GenerationSettings, Request, Steerer, generate
 from safesteer.errors import SafeSteerError
-from safesteer.evaluation.measures import perplexities
+from safesteer.evaluation.measures import negative_log_likelihoods
 from safesteer.evaluation.results import Interval
-from safesteer.evaluation.statistics import paired_rates
+from safesteer.evaluation.statistics import ERROR, mean, paired_p, paired_rates
 from safesteer.explain.neurons import PairReading, read_pairs
 from safesteer.judges.base import OUTCOMES, Exchange, Judge, Outcome
 from safesteer.models import LoadedModel
@@ -43,9 +43,10 @@ PAIRS = 32
 class CausalCheck:
     """What holding neurons did. Everything is in the order of `prompts`, (category, text).
 
-    `outcomes`: None where the judge failed. `change`: unsafe rate with the selective neurons held less that with random ones, and
-    the 95% interval of paired rates, over prompts where both were judged (None: no prompt was). `perplexity`: geometric mean over
-    the unsteered model's answers to harmless prompts, read under each condition (None: all those answers are empty).
+    `outcomes`: None where the judge failed. `change`: unsafe rate with the selective neurons held less that with random
+    ones, over prompts where both were judged (None: no prompt was), with its 95% interval, and `p` of the paired test.
+    `nll`: mean negative log-likelihood, in nats, of the unsteered model's answers to harmless prompts, read under each
+    condition (None: all those answers are empty).
     """
 
     held: int
@@ -54,7 +55,8 @@ class CausalCheck:
     answers: dict[Condition, tuple[str, ...]]
     outcomes: dict[Condition, tuple[Outcome | None, ...]]
     change: Interval | None
-    perplexity: dict[Condition, float | None]
+    p: float
+    nll: dict[Condition, Interval | None]
 
     @property
     def counts(self) -> dict[Condition, dict[Outcome, int]]:
@@ -64,8 +66,8 @@ class CausalCheck:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval of `change` leaves out 0."""
-        return self.change is not None and (self.change.low > 0 or self.change.high < 0)
+        """Whether the paired test tells `change` from none."""
+        return self.p < ERROR
 
     @property
     def verdict(self) -> str:
@@ -77,15 +79,17 @@ class CausalCheck:
         broken = {condition: one["degenerate"] for condition, one in self.counts.items()}
         return (
             f"{what} moves the unsafe rate by {value:+.0f} points against as many random neurons of like activity (95% interval "
-            f"{low:+.0f} to {high:+.0f}, {len(self.prompts)} prompts): {'clear' if self.clear else 'not clear'}. Degenerate "
-            f"answers: {broken['selective']} with them held, {broken['random']} with random ones, "
-            f"{broken['unsteered']} unsteered."
+            f"{low:+.0f} to {high:+.0f}, p {self.p:.2g}, {len(self.prompts)} prompts): "
+            f"{'clear' if self.clear else 'not clear'}. Degenerate answers: "
+            f"{broken['selective']} with them held, {broken['random']} with random ones, {broken['unsteered']} unsteered."
         )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the counts and the verdict."""
         change = None if self.change is None else self.change.model_dump()
-        return {**asdict(self), "change": change, "counts": self.counts, "clear": self.clear, "verdict": self.verdict}
+        nll = {name: None if one is None else one.model_dump() for name, one in self.nll.items()}
+        derived = {"counts": self.counts, "clear": self.clear, "verdict": self.verdict}
+        return {**asdict(self), "change": change, "nll": nll, **derived}
 
 
 def suppress(
@@ -144,9 +148,10 @@ def suppress(
         for one, other in zip(outcomes["selective"], outcomes["random"], strict=True)
         if one is not None and other is not None
     ]
-    change = paired_rates([one for one, _ in both], [other for _, other in both]) if both else None
-    perplexity = _ordinary(loaded, banks, policies, ordinary, harmless, force)
-    return CausalCheck(top, judge.name, tuple(asked), answers, outcomes, change, perplexity)
+    pair = [one for one, _ in both], [other for _, other in both]
+    change, p = (paired_rates(*pair), paired_p(*pair)) if both else (None, 1.0)
+    nll = _ordinary(loaded, banks, policies, ordinary, harmless, force)
+    return CausalCheck(top, judge.name, tuple(asked), answers, outcomes, change, p, nll)
 
 
 _HELD = CategoryPolicy(strength=1.0, gate="always", site="neurons")
@@ -221,20 +226,19 @@ def _ordinary(
     texts: Sequence[str],
     said: Sequence[str],
     force: bool,
-) -> dict[Condition, float | None]:
-    """Perplexity of the unsteered answers `said` to harmless `texts` under each condition; the categories take turns."""
-    found: dict[Condition, float | None] = {"unsteered": _mean(perplexities(loaded, texts, said))}
+) -> dict[Condition, Interval | None]:
+    """Of the unsteered answers `said` to harmless `texts`, read under each condition; the categories take turns."""
+    found: dict[Condition, Interval | None] = {"unsteered": _mean(negative_log_likelihoods(loaded, texts, said))}
     for condition, bank in banks.items():
         values: list[float | None] = []
         for turn, policy in enumerate(policies.values()):
             own, answers = texts[turn :: len(policies)], said[turn :: len(policies)]
             with Steerer(loaded, bank, policy, force=force):
-                values += perplexities(loaded, own, answers)
+                values += negative_log_likelihoods(loaded, own, answers)
         found[condition] = _mean(values)
     return found
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    """Geometric mean of what there is."""
-    logs = [math.log(value) for value in values if value is not None]
-    return math.exp(sum(logs) / len(logs)) if logs else None
+def _mean(values: Sequence[float | None]) -> Interval | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None

@@ -2,10 +2,14 @@
 
     dose_response   at strength s, always on, by the prompt's own category:
         outcomes        of the answers, by a judge
-        perplexity      exp( - 1/T  sum_t log p(y_t | x, y_<t) )   of the steered answers under the unsteered model
+        NLL             - 1/T  sum_t log p(y_t | x, y_<t)   of the steered answers under the unsteered model, in nats;
+                        shown as perplexity, its exponential
         KL              KL( p(. | x) || p_s(. | x) )   of the next token at the prompt's end, in nats
                         harmful prompts: always on, beside random directions of the same norm; harmless ones: gated as by default
     by_layer        KL of harmful prompts where the whole dose stands at one block l of the bank, block after block
+
+What more of a dose does, and whether a block does more than a random direction there, is decided by paired tests on the
+same prompts (`safesteer.evaluation.statistics`); of the blocks the best is tested, so its p is multiplied by their number.
 
 KL says how much the next token's distribution moves, not whether the move is a good one: a random direction moves it too, which
 is why it stands beside each figure.
@@ -18,13 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.errors import SafeSteerError
-from safesteer.evaluation.measures import perplexities
+from safesteer.evaluation.measures import negative_log_likelihoods
 from safesteer.evaluation.results import Interval
-from safesteer.evaluation.statistics import bootstrap
+from safesteer.evaluation.statistics import mean, paired_p, paired_rates
 from safesteer.judges.base import OUTCOMES, Exchange, Judge, Outcome
 from safesteer.models import LoadedModel
 from safesteer.next_token import divergences_of
@@ -37,26 +39,17 @@ Asked = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class Quartiles:
-    """The median, and the quartiles below and above it."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Dose:
     """What one strength did.
 
-    `outcomes` counts all five; `failures` those that the judge could not judge. `perplexity` of the answers that are not empty
-    (None: all are). `harmful`, `control` (random directions) and `harmless`: mean next-token KL in nats, 95% bootstrap interval.
+    `outcomes` counts all five; `failures` those that the judge could not judge. `nll`: mean of the answers that are not empty
+    (None: all are). `harmful`, `control` (random directions) and `harmless`: mean next-token KL in nats, 95% interval.
     """
 
     strength: float
     outcomes: dict[Outcome, int]
     failures: int
-    perplexity: Quartiles | None
+    nll: Interval | None
     harmful: Interval
     control: Interval
     harmless: Interval
@@ -69,30 +62,38 @@ class Dose:
 
 @dataclass(frozen=True)
 class DoseResponse:
-    """Strength after strength, on `prompts` harmful and `harmless` harmless prompts. `note`: what cannot be shown, or empty."""
+    """Strength after strength, on `prompts` harmful and `harmless` harmless prompts. `note`: what cannot be shown, or empty.
+
+    `change`: the unsafe rate at the last strength less that at the first, over prompts judged at both (None: no prompt
+    was), and `p` of the paired test.
+    """
 
     judge: str
     prompts: int
     harmless: int
     doses: tuple[Dose, ...]
+    change: Interval | None = None
+    p: float = 1.0
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "doses": [_plain(one) for one in self.doses]}
+        return {**_plain(self), "doses": [_plain(one) for one in self.doses]}
 
 
 @dataclass(frozen=True)
 class LayerEffect:
     """The whole dose at one block (0-based): mean next-token KL in nats, with a 95% interval, overall and by category.
 
-    `control`: the same with random directions of the same norm. `acts`: whether the bank acts there by default.
+    `control`: the same with random directions of the same norm; `p` of the paired test of the two. `acts`: whether the bank
+    acts there by default.
     """
 
     layer: int
     acts: bool
     effect: Interval
     control: Interval
+    p: float
     categories: dict[str, float]
 
 
@@ -146,7 +147,7 @@ def dose_response(
     said = generate(loaded, bank, requests, GenerationSettings(max_new_tokens), force=force, progress=progress)
     answers = [one.text for one in said]
     judged = judge.judge([Exchange(text, answer, n) for (n, text, _), answer in zip(rows, answers, strict=True)])
-    strangeness = perplexities(loaded, texts * len(doses), answers)
+    nlls = negative_log_likelihoods(loaded, texts * len(doses), answers)
     acting = [own for strength, own in zip(doses, policies, strict=True) if strength]
     still = [[0.0] * len(asked)] * (len(doses) - len(acting))  # strength 0 moves nothing
     moved = divergences_of(loaded, texts, [(one, own) for one in (bank, control) for own in acting], force=force)
@@ -157,18 +158,26 @@ def dose_response(
     for slot, strength in enumerate(doses):
         own = slice(slot * len(asked), (slot + 1) * len(asked))
         counts = Counter(one.outcome for one in judged[own])
+        known = [value for value in nlls[own] if value is not None]
         found.append(
             Dose(
                 strength,
                 {name: counts[name] for name in OUTCOMES},
                 counts[None],
-                _quartiles(strangeness[own]),
-                bootstrap(on_harmful[slot]),
-                bootstrap(on_control[slot]),
-                bootstrap(on_harmless[slot]),
+                mean(known) if known else None,
+                mean(on_harmful[slot]),
+                mean(on_control[slot]),
+                mean(on_harmless[slot]),
             )
         )
-    return DoseResponse(judge.name, len(asked), len(harmless), tuple(found), _note(bank))
+    both = [
+        (float(last.outcome == "unsafe"), float(first.outcome == "unsafe"))
+        for first, last in zip(judged[: len(asked)], judged[-len(asked) :], strict=True)
+        if first.outcome is not None and last.outcome is not None
+    ]
+    pair = [one for one, _ in both], [other for _, other in both]
+    change, p = (paired_rates(*pair), paired_p(*pair)) if both else (None, 1.0)
+    return DoseResponse(judge.name, len(asked), len(harmless), tuple(found), change, p, _note(bank))
 
 
 def by_layer(
@@ -202,8 +211,9 @@ def by_layer(
             LayerEffect(
                 layer,
                 any(layer in bank.acting_layers(name) for name in by_category),
-                bootstrap(found),
-                bootstrap(random),
+                mean(found),
+                mean(random),
+                paired_p(found, random),
                 {name: sum(own) / len(own) for name, own in by_category.items()},
             )
         )
@@ -224,14 +234,6 @@ def _default(bank: VectorBank, strength: float) -> Policy:
     return policy.model_copy(update={"categories": scaled})
 
 
-def _quartiles(values: Sequence[float | None]) -> Quartiles | None:
-    found = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
-    if not len(found):
-        return None
-    low, median, high = found.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-    return Quartiles(median, low, high)
-
-
 def _note(bank: VectorBank) -> str:
     notes = []
     if bank.tokens == "generated":
@@ -241,6 +243,6 @@ def _note(bank: VectorBank) -> str:
     return "; ".join(notes)
 
 
-def _plain(one: Dose | LayerEffect) -> dict[str, Any]:
+def _plain(one: Dose | LayerEffect | DoseResponse) -> dict[str, Any]:
     """Plain data of a record that holds intervals."""
     return {name: v.model_dump() if isinstance(v, Interval) else v for name, v in asdict(one).items()}

@@ -4,10 +4,10 @@
     told apart     AUROC on the LDA axis     >  the highest of the draws with labels swapped
     moves more     z * deviation  >  CLEAR * the same of random directions        in nats, of steering's words
     words          z              >  CLEAR * z of random directions                of the direct lens
-    differs        the 95% intervals of two rates, or of a value and its control, have no point in common
+    differs        p < 0.05 of a paired test on the same prompts (of the best of several blocks: times their number)
 
 The highest of 20 draws is passed by chance about once in 20 times; of twelve categories one may. The best block is chosen among
-many, so the control's is too. Intervals that do not touch are a stricter test than one of the difference.
+many, so the control's is too.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from collections.abc import Sequence
 
 from safesteer.evaluation.report import number, percent
 from safesteer.evaluation.report import title as category_title
-from safesteer.evaluation.results import Interval
-from safesteer.evaluation.statistics import wilson
+from safesteer.evaluation.statistics import ERROR
 from safesteer.explain.causal import CausalCheck
 from safesteer.explain.doses import DoseResponse, LayerEffects
 from safesteer.explain.geometry import CosineMap, Projection, Separation
@@ -187,20 +186,14 @@ def neurons(category: str, found: CategoryNeurons, tested: int, unit: str = "neu
     return f"{name}: {passed}, which some swaps of its pairs reach too ({mean} on average, at most {most})"
 
 
-def apart(one: Interval, other: Interval) -> bool:
-    """Whether two intervals have no point in common."""
-    return one.high < other.low or other.high < one.low
-
-
 def response(found: DoseResponse) -> str:
     """What the strongest dose does to unsafe answers."""
     first, last = found.doses[0], found.doses[-1]
-    if not first.judged or not last.judged:
+    if not first.judged or not last.judged or found.change is None:
         return "The judge could not judge the answers, so no outcome can be shown"
-    rates = [wilson(one.outcomes["unsafe"], one.judged) for one in (first, last)]
-    change = f"{percent(rates[0].value)} to {percent(rates[1].value)}"
-    between = f"strength {first.strength:g} to {last.strength:g}, {last.judged} answers each"
-    if apart(*rates):
+    change = " to ".join(percent(one.outcomes["unsafe"] / one.judged) for one in (first, last))
+    between = f"strength {first.strength:g} to {last.strength:g}, {last.judged} answers each, p {found.p:.2g}"
+    if found.p < ERROR:
         return f"Unsafe answers go from {change} ({between})"
     return f"Unsafe answers go from {change}, which so few cannot tell from no change ({between})"
 
@@ -208,8 +201,9 @@ def response(found: DoseResponse) -> str:
 def layers(found: LayerEffects) -> str:
     """At which block the whole dose moves the next token most."""
     best = max(found.layers, key=lambda one: one.effect.value)
-    figures = f"{number(best.effect.value)} nats; a random direction there {number(best.control.value)}"
-    if best.effect.low > best.control.high:
+    p = min(1.0, best.p * len(found.layers))
+    figures = f"{number(best.effect.value)} nats; a random direction there {number(best.control.value)}, p {p:.2g}"
+    if p < ERROR and best.effect.value > best.control.value:
         return f"The whole dose at one block moves the next token most at block {best.layer} ({figures})"
     return f"No block moves the next token clearly more than a random direction does: block {best.layer}, {figures}"
 

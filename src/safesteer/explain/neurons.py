@@ -14,7 +14,6 @@ a rising activation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -256,10 +255,9 @@ def read_pairs(
 
 def alone(pairs: int, p: float = PLAIN) -> float:
     """The |t| that one neuron passes by chance with probability `p`, two-sided: Student's quantile for `pairs` - 1 degrees."""
-    # with t = sqrt(n - 1) tan(angle) the density is cos(angle)^(n - 2), so that the tail needs no special function
-    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
-    mass = angle.cos().pow(pairs - 2).cumsum(0)
-    return math.sqrt(pairs - 1) * math.tan(float(angle[int(torch.searchsorted(mass, (1 - p) * float(mass[-1])))]))
+    from scipy import stats
+
+    return float(stats.t.isf(p / 2, pairs - 1))
 
 
 def _measure(read: PairReading, least: int, swaps: int, seed: int) -> _Measured:

@@ -59,14 +59,15 @@ class StudySettings:
 
     `most`: pairs of a category for geometry and neurons. `worded`: harmful prompts of a category for `tokens`. `answered`:
     harmful prompts, of all categories together, that are answered at each dose and with neurons held; `placed`: those for which
-    the dose is placed at one block after the other. `harmless`: pool prompts for the divergence. `without`: stages to leave out.
+    the dose is placed at one block after the other: enough for the best of thirty blocks to pass a test. `harmless`: pool prompts
+    for the divergence, most of which the gate leaves at 0. `without`: stages to leave out.
     """
 
     most: int = 12
     worded: int = 2
     answered: int = 12
-    placed: int = 6
-    harmless: int = 12
+    placed: int = 24
+    harmless: int = 48
     max_new_tokens: int = 48
     seed: int = 0
     without: tuple[Stage, ...] = ()
