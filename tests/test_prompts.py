@@ -51,6 +51,26 @@ def test_names_of_other_data_sets_map_onto_the_taxonomy(name: str, canonical: st
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "misinformation", "Disinformation", "information_integrity", "Disinformation and deception", "Misinformation Harms",
+        "misinformation_regarding_ethics,laws_and_safety", "controversial_topics,politics",
+        "Disseminating false or misleading information", "Reducing the cost of disinformation campaigns",
+        "Child Abuse", "child_abuse", "child safety", "Physical Harm", "harassment", "toxicity", "offensive language",
+        "unethical behavior", "non_violent_unethical_behavior",
+        "Toxic Content", "Defamation, encouraging unethical or unsafe actions",
+    ],
+)  # fmt: skip
+def test_a_name_that_means_more_than_any_hazard_keeps_itself(name: str) -> None:
+    assert taxonomy.find(name) is None
+    assert taxonomy.canonical_name(name) == taxonomy.normalise(name).replace(" ", "_")
+
+
+def test_theft_is_no_fraud() -> None:
+    assert taxonomy.canonical_name("financial_crime,property_crime,theft") == "nonviolent_crimes"
+
+
+@pytest.mark.parametrize(
     ("name", "canonical"),
     [
         ("仇恨", "仇恨"),

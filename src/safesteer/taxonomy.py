@@ -3,7 +3,8 @@
 Canonical names are the hazards of MLCommons AILuminate v1.0 (with the S-codes that Llama Guard 3 gave them) and a few
 finer ones inside or beside those hazards. Aliases cover CatQA, SafeBench (FigStep), BeaverTails, TrustLLM,
 HarmBench, StrongREJECT, SimpleSafetyTests, Do-Not-Answer, OR-Bench, JailbreakBench, SORRY-Bench, WildGuardMix,
-SALAD-Bench and AIR-Bench; a name that fits no hazard stays a category of its own.
+SALAD-Bench and AIR-Bench: names that mean the category or a part of it. A name that means more stays a category of its own
+(misinformation is not about elections alone, child abuse not sexual alone, and what is unethical is not yet a crime).
 A user's own category needs no entry here: any other name becomes a category of its own.
 """
 
@@ -38,7 +39,7 @@ CATEGORIES: tuple[Category, ...] = (
         "violent_crimes", "Violent crimes", "S1",
         "Violence against people or animals: assault, murder, terrorism, kidnapping, abuse, cruelty to animals.",
         aliases=(
-            "violent crime", "violence", "physical harm", "terrorism", "terrorism organized crime",
+            "violent crime", "violence", "terrorism", "terrorism organized crime",
             "violence aiding and abetting incitement", "animal abuse", "cruelty and violence",
             "physical harm and violence",
             "violence and physical harm", "violence extremism", "animal related crimes",
@@ -48,22 +49,20 @@ CATEGORIES: tuple[Category, ...] = (
         "nonviolent_crimes", "Nonviolent crimes", "S2",
         "Theft, drugs, smuggling, bribery, vandalism and other crimes without violence.",
         aliases=(
-            "non violent crimes", "nonviolent crime", "illegal activity", "illegality", "crime",
-            "drug abuse weapons banned substance", "illegal activities",
-            "non violent unethical behavior", "unethical behavior", "economic harm",
+            "non violent crimes", "nonviolent crime", "illegal activity", "illegality",
+            "drug abuse weapons banned substance", "illegal activities", "economic harm", "financial crime property crime theft",
             "illegal", "illegal activitiy", "illegal goods and services", "illegal and highly regulated items",
-            "assisting illegal activities", "unethical",
-            "criminal activities", "property crimes", "public order crimes", "financial crimes", "environmental crimes",
-            "evasion of law enforcement",
+            "assisting illegal activities",
+            "criminal activities", "property crimes", "public order crimes", "financial crime", "financial crimes",
+            "environmental crimes", "evasion of law enforcement",
         ),
     ),
     Category(
         "fraud", "Fraud and deception", "S2",
         "Scams, forgery, phishing, tax and insurance fraud.", parent="nonviolent_crimes",
         aliases=(
-            "fraud deception", "deception", "scams", "financial crime property crime theft", "financial crime",
-            "scams and fraud",
-            "fraud or deceptive action", "fraud assisting illegal activities",
+            "fraud deception", "deception", "scams", "scams and fraud", "fraud or deceptive action",
+            "fraud assisting illegal activities",
         ),
     ),
     Category(
@@ -83,14 +82,12 @@ CATEGORIES: tuple[Category, ...] = (
     Category(
         "child_sexual_exploitation", "Child sexual exploitation", "S4",
         "No built-in prompts, by design.",
-        aliases=("child abuse", "child exploitation", "child safety", "cse"),
+        aliases=("child exploitation", "cse"),
     ),
     Category(
         "defamation", "Defamation", "S5",
         "False and damaging claims about people or businesses.",
-        aliases=(
-            "libel", "libelous words", "slander", "false accusations", "defamation encouraging unethical or unsafe actions",
-        ),
+        aliases=("libel", "libelous words", "slander", "false accusations"),
     ),
     Category(
         "specialized_advice", "Specialized advice", "S6",
@@ -129,10 +126,10 @@ CATEGORIES: tuple[Category, ...] = (
         "Demeaning, excluding or dehumanising people for a protected trait.",
         aliases=(
             "hate speech", "hate harass violence", "hate speech offensive language", "discrimination",
-            "discrimination stereotype injustice", "harassment", "stereotype", "toxicity", "offensive language",
-            "harassment bullying", "hate harassment and discrimination", "toxic language hate speech",
+            "discrimination stereotype injustice", "stereotype", "hate harassment and discrimination",
+            "toxic language hate speech",
             "social stereotypes and unfair discrimination", "discrimination exclusion toxicity hateful offensive",
-            "harassment discrimination", "hate toxicity", "discrimination bias", "toxic content", "social group insulting words",
+            "harassment discrimination", "hate toxicity", "discrimination bias", "social group insulting words",
             "social stereotype promotion", "advice on discrimination behaviors",
         ),
     ),
@@ -154,10 +151,7 @@ CATEGORIES: tuple[Category, ...] = (
         "elections", "Elections and political manipulation", "S13",
         "Misleading voters, covert political campaigning. No built-in prompts.",
         aliases=(
-            "election", "political campaigning", "political lobbying", "political usage", "controversial topics politics",
-            "misinformation", "misinformation regarding ethics laws and safety", "disinformation",
-            "information integrity", "misinformation disinformation", "disinformation and deception", "misinformation harms",
-            "reducing the cost of disinformation campaigns", "disseminating false or misleading information",
+            "election", "political campaigning", "political lobbying", "political usage",
         ),
     ),
 )  # fmt: skip
