@@ -3,6 +3,7 @@
     python benchmarks/offline_judge.py features --cache CACHE.pt        # about 20 minutes on two cores; resumes
     python benchmarks/offline_judge.py choose --cache CACHE.pt          # cross-validation on the fit and tune splits
     python benchmarks/offline_judge.py train --cache CACHE.pt           # writes src/safesteer/judges/weights/offline.safetensors
+    python benchmarks/offline_judge.py describe                         # the same tensors again, with what they were trained on
 
 Multinomial logistic regression on the blocks of `safesteer.judges.features`, each centred and scaled to mean length 1:
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 import safesteer
 from safesteer.judges.agreement import auroc, f1, kappa
@@ -29,6 +31,7 @@ from safesteer.judges.base import OUTCOMES, Exchange
 from safesteer.judges.features import LAYERS, reading, topic, words
 from safesteer.judges.offline import WEIGHTS, design, save_weights
 from safesteer.judges.relevance import Embedder
+from safesteer.models import fingerprint
 
 GRADED = Path(__file__).parent / "graded"
 PLAIN = ("unsteered", "system-prompt", "refuse-prompt")
@@ -185,19 +188,36 @@ def train(args: argparse.Namespace) -> None:
     unseen = features(held_out, args.cache)
     tested = measure(held_out, torch.softmax(design(unseen, CHOSEN, means, scales) @ w.T + b, dim=1))
     card = {"trained_on": len(rows), "cross_validated": crossed, "held_out": tested}
-    save_weights(WEIGHTS, CHOSEN, means, scales, w, b, card)
+    prompts = [row["prompt"] for row in rows]
+    save_weights(WEIGHTS, CHOSEN, means, scales, w, b, card, fingerprint(safesteer.load_model("embedded")), prompts)
     print(json.dumps(card, indent=2))
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Write the weights that are there again, with the fingerprint of the embedded model and the prompts of the graded rows."""
+    with safe_open(WEIGHTS, framework="pt") as file:
+        metadata, held = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    card, blocks = json.loads(metadata["card"]), json.loads(metadata["blocks"])
+    rows = graded("fit", "tune")
+    assert len(rows) == card["trained_on"], "the graded rows are not those that the judge was trained on"
+    means, scales = ({name: held[f"{kind}.{name}"] for name in blocks} for kind in ("mean", "scale"))
+    save_weights(
+        WEIGHTS, blocks, means, scales, held["weights"], held["biases"], card,
+        fingerprint(safesteer.load_model("embedded")), [row["prompt"] for row in rows],
+    )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("features", "choose", "train"))
-    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("what", choices=("features", "choose", "train", "describe"))
+    parser.add_argument("--cache", type=Path)
     args = parser.parse_args()
+    if args.cache is None and args.what != "describe":
+        parser.error("--cache is needed")
     if args.what == "features":
         features(graded("fit", "tune", "test"), args.cache)
     else:
-        {"choose": choose, "train": train}[args.what](args)
+        {"choose": choose, "train": train, "describe": describe}[args.what](args)
 
 
 if __name__ == "__main__":

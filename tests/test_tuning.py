@@ -15,6 +15,7 @@ from safesteer.errors import SafeSteerError
 from safesteer.evaluation import responding
 from safesteer.evaluation.suites import Suite, SuiteRow
 from safesteer.judges import Exchange, Judgement, failed
+from safesteer.judges.base import prompt_digest
 from safesteer.models import LoadedModel
 from safesteer.policy import Policy
 from safesteer.prompts import Prompt, PromptSet
@@ -204,6 +205,16 @@ def test_a_search_finds_what_was_planted_and_goes_on_after_a_kill(
     )
     again = tune(bench, bank, settings, space=space)
     assert again.chosen == found.chosen and calls == 35 + 4
+
+
+def test_tuning_prompts_that_trained_the_judge_are_said(llama: LoadedModel, bank: VectorBank, tmp_path: Path) -> None:
+    class Knowing(_Short):
+        trained_on = frozenset(prompt_digest(f"prompt number {n}") for n in (0, 5))
+
+    settings = TuneSettings(trials=1, limits=Limits(1.0, 1.0, 1e9), per_category=False)
+    space = Space((0, 1, 2), 1, (0.5, 0.9), ("all",))
+    found = tune(_bench(llama, bank, tmp_path, judge=Knowing()), bank, settings, space=space)
+    assert found.to_json()["in_sample"] == found.bank.provenance["tuning"]["in_sample"] == 2
 
 
 def test_categories_of_ones_own_need_tuning_prompts(llama: LoadedModel, bank: VectorBank, tmp_path: Path) -> None:

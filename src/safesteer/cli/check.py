@@ -34,6 +34,8 @@ def run_check(loaded: LoadedModel, bank: VectorBank, judge: Judge, prompts: Prom
 
 def show(bank: VectorBank) -> None:
     """What the check of a bank found, for people: a table, and a sentence where it found harm."""
+    from safesteer.judges.base import in_sample_text
+
     record = bank.provenance.get("check")
     if record is None:
         out.print("\nCheck: this bank was never checked for doing harm (safesteer check BANK)")
@@ -45,6 +47,8 @@ def show(bank: VectorBank) -> None:
         markup=False,
     )
     out.print(check_table(record))
+    if record.get("in_sample"):
+        note(in_sample_text(record["judge"], record["in_sample"]))
     if bank.unfit:
         note(
             f"Unfit, because answers get worse: {', '.join(bank.unfit)}. They do not act (--unverified overrules it): "

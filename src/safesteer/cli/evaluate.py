@@ -106,7 +106,7 @@ def evaluate(
     from safesteer.evaluation.run import evaluate as run
     from safesteer.evaluation.suites import check_distinct
     from safesteer.judges import make_judge
-    from safesteer.judges.base import leanings_text
+    from safesteer.judges.base import in_sample_text, leanings_text
     from safesteer.vectors import VectorBank
 
     if out_folder.exists() and not out_folder.is_dir():
@@ -134,6 +134,8 @@ def evaluate(
             progress=lambda stage, done, total: update(done, total, stage),
         )  # fmt: skip
     note_usage(judges)
+    for said in filter(None, (in_sample_text(one.name, one.in_sample) for one in results.judges)):
+        note(said)
     for found in results.judges:
         if found.failures:
             sides = f" ({leanings_text(found.leanings)})" if found.leanings else ""

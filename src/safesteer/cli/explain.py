@@ -162,8 +162,8 @@ def explain(
             note(f"Not shown ({stage}): {why}.")
         if study.neurons and study.neurons.note:
             note(f"{study.neurons.note[:1].upper()}{study.neurons.note[1:]}.")
-        if found.note:
-            note(f"{found.note}.")
+        if study.sources_note:
+            note(f"{study.sources_note}.")
         if json:
             data |= study.to_json() if view is None else {"bank": study.to_json()}
         else:

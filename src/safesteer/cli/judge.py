@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from safesteer.cli import options
-from safesteer.cli.console import counted, deliver, note_usage, out, print_json, progress_bar
+from safesteer.cli.console import counted, deliver, note, note_usage, out, print_json, progress_bar
 from safesteer.errors import PromptFileError, SafeSteerError
 from safesteer.files import check_writable
 
@@ -35,7 +35,7 @@ def agreement(
     from safesteer.judges import make_judge
     from safesteer.judges.agreement import Target, read_labelled
     from safesteer.judges.agreement import agreement as measure
-    from safesteer.judges.base import leanings_text
+    from safesteer.judges.base import in_sample, in_sample_text, leanings_text
 
     if target not in get_args(Target):
         raise SafeSteerError(f"--target {target!r} is not one of {', '.join(get_args(Target))}")
@@ -45,6 +45,9 @@ def agreement(
         one = make_judge(spec)
         with progress_bar(f"Judging ({spec})") as update:
             found[one.name] = measure(one, rows, cast(Target, target), counted(update, len(rows)))
+        known = found[one.name]["in_sample"] = in_sample(one, (row.exchange.prompt for row in rows))
+        if known:
+            note(in_sample_text(one.name, known))
         note_usage([one])
     if json:
         print_json(found if len(found) > 1 else next(iter(found.values())))
@@ -74,7 +77,7 @@ def run(
     """Judge responses of your own. Each row comes back with its outcome and scores."""
     from safesteer.judges import make_judge
     from safesteer.judges.agreement import exchanges_of
-    from safesteer.judges.base import count_leanings, leanings_text
+    from safesteer.judges.base import count_leanings, in_sample, in_sample_text, leanings_text
 
     if out_file is not None:
         check_writable(out_file)
@@ -92,6 +95,9 @@ def run(
                 if number == 0:
                     row.update(said.to_json())
         note_usage([one])
+        known = in_sample(one, (exchange.prompt for exchange in exchanges))
+        if known:
+            note(in_sample_text(one.name, known))
     if not deliver(rows, out_file, json):
         counts: dict[str, int] = {}
         for row in rows:

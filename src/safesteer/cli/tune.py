@@ -92,7 +92,7 @@ def tune(
         raise SafeSteerError(f"--work {folder} is a file; name a folder")
     from safesteer.engines import GenerationSettings
     from safesteer.judges import make_judge
-    from safesteer.judges.base import leanings_text
+    from safesteer.judges.base import in_sample_text, leanings_text
     from safesteer.tuning import Limits, TuneSettings, make_bench, search_space
     from safesteer.tuning import tune as run
     from safesteer.tuning.candidates import SEARCHED
@@ -125,6 +125,8 @@ def tune(
         found = run(bench, opened, TuneSettings(trials, limits, per_category, seed), space=space, progress=update)
     found.bank.save(out_file)
     note_usage([decides])
+    if found.in_sample:
+        note(in_sample_text(decides.name, found.in_sample))
     if json:
         print_json({"bank": str(out_file), **found.to_json()})
         return

@@ -22,7 +22,7 @@ from typing import Any
 from safesteer.engines import GenerationSettings, Request, generate, read
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.judging import BATCH
-from safesteer.judges.base import OUTCOMES, Exchange, Judge
+from safesteer.judges.base import OUTCOMES, Exchange, Judge, in_sample
 from safesteer.models import LoadedModel
 from safesteer.policy import Policy, plan
 from safesteer.prompts import Prompt, PromptSet, builtin, builtin_categories, harmless_pool, soundalikes
@@ -111,7 +111,12 @@ def checked(
     record = verdict(groups, outcomes, [index in acted for index in range(len(asked))])
     if not record["all"]["n"]:
         raise SafeSteerError(f"the judge {judge.name} could judge none of the answers; use another, or --no-check")
-    record |= {"judge": judge.name, "tokens": TOKENS, "held_back": all(p.split == "tune" for p in asked)}
+    record |= {
+        "judge": judge.name,
+        "in_sample": in_sample(judge, (one.text for one in asked)),
+        "tokens": TOKENS,
+        "held_back": all(p.split == "tune" for p in asked),
+    }
     return replace(bank, provenance={**bank.provenance, "check": record})
 
 

@@ -26,7 +26,7 @@ from safesteer import taxonomy
 from safesteer.evaluation.results import ALL, Interval, JudgeRecord, Measure, Record, Results
 from safesteer.evaluation.statistics import effective, measure, perplexity, wilson
 from safesteer.evaluation.summary import cluster_of
-from safesteer.judges.base import Outcome, count_leanings, leanings_text
+from safesteer.judges.base import Outcome, count_leanings, in_sample_text, leanings_text
 from safesteer.prompts.lint import NEAR
 
 ORDER: tuple[Outcome, ...] = ("safe", "off_topic", "refusal", "degenerate", "unsafe")
@@ -619,6 +619,7 @@ def render(results: Results, responses: Sequence[Row]) -> str:
         jailbreak=jailbreak(results, responses, shown),
         selectivity=heatmap(results.selectivity) if results.selectivity else None,
         doses=[(suite, dose_lines(entries, suite), entries) for suite, entries in doses.items()],
+        in_sample=in_sample_text,
         judges=[(judge, agreement(judge, responses)) for judge in results.judges],
         deciding=next((judge for judge in results.judges if judge.decides), None),
         samples=shown_samples,

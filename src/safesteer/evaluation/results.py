@@ -61,7 +61,8 @@ class Record(_Model):
 
 
 class JudgeRecord(_Model):
-    """A judge: its name, whether it decided the outcomes, how it agrees with the first judge here, and what its card measured."""
+    """A judge: its name, whether it decided the outcomes, how it agrees with the first judge here, what its card measured, and
+    to how many of the prompts here it was trained on graded answers (`in_sample`)."""
 
     name: str
     decides: bool
@@ -69,6 +70,7 @@ class JudgeRecord(_Model):
     leanings: dict[str, int] = Field(default_factory=dict)
     agreement: float | None = None
     kappa: float | None = None
+    in_sample: int = 0
     measured: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -31,7 +31,7 @@ from safesteer.evaluation.suites import Suite, check_distinct
 from safesteer.evaluation.summary import CONTROL, dose_response, records, selectivity
 from safesteer.files import json_lines, write_text
 from safesteer.judges.agreement import kappa
-from safesteer.judges.base import Judge, count_leanings
+from safesteer.judges.base import Judge, count_leanings, in_sample
 from safesteer.judges.detectors import repetition
 from safesteer.judges.relevance import Relevance
 from safesteer.models import LoadedModel, fingerprint
@@ -191,6 +191,7 @@ def _judge(
                 leanings=count_leanings(one.leaning for one in said if one.failure is not None),
                 agreement=sum(a == b for a, b in both) / len(both) if compared else None,
                 kappa=kappa([a for a, _ in both], [b for _, b in both]) if compared else None,
+                in_sample=in_sample(judge, (row["prompt"] for row in rows)),
                 measured=getattr(judge, "card", {}),
             )
         )

@@ -30,7 +30,7 @@ from safesteer.explain.geometry import CosineMap, Material, Projection, Separati
 from safesteer.explain.lens import Lens
 from safesteer.explain.neurons import NeuronView
 from safesteer.explain.sources import Sources
-from safesteer.judges.base import Judge
+from safesteer.judges.base import Judge, in_sample, in_sample_text
 from safesteer.models import LoadedModel
 from safesteer.models.layout import written
 from safesteer.prompts import PromptSet, builtin, builtin_categories, harmless_pool
@@ -204,7 +204,7 @@ def explain_bank(
         depth=loaded.layout.depth,
         categories=tuple(found.read),
         settings=work.settings,
-        sources_note=found.note,
+        sources_note="; ".join(filter(None, (found.note, work.in_sample()))),
         cosines=geometry.cosine_map(bank, extra, seed=work.settings.seed),
         nothing=Nothing(geometry.cosine_map(work.control, seed=work.settings.seed), **work.nothing),
         left_out=work.left_out,
@@ -246,6 +246,12 @@ class _Work:
         except SafeSteerError as error:
             self.left_out[stage] = str(error)
         self.seconds[stage] = time.perf_counter() - began
+
+    def in_sample(self) -> str:
+        """What is to be said of a judge that knows the prompts asked; empty where it judged none, or none of these."""
+        judged = {name: one for name, one in self.done.items() if name in ("causal", "doses")}
+        count = in_sample(self.judge, (one.text for own in self.found.asked.values() for one in own)) if judged else 0
+        return in_sample_text(self.judge.name, count).rstrip(".")
 
     def _counting(self, label: str, total: int) -> Callable[[int], None]:
         done = 0

@@ -17,6 +17,7 @@ carries its `leaning`: the side of the first label in the answer that could not 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -129,6 +130,27 @@ def in_batches(
         results += work(batch)
         progress(len(batch))
     return results
+
+
+def prompt_digest(prompt: str) -> str:
+    """The first 8 hexadecimal digits of the SHA-256 of a prompt's words."""
+    return hashlib.sha256(" ".join(prompt.split()).encode()).hexdigest()[:8]
+
+
+def in_sample(judge: Judge, prompts: Iterable[str]) -> int:
+    """How many of `prompts`, each once, the judge was trained on graded answers to: of those it knows more than of others."""
+    trained_on: frozenset[str] = getattr(judge, "trained_on", frozenset())
+    return sum(prompt_digest(one) in trained_on for one in set(prompts)) if trained_on else 0
+
+
+def in_sample_text(name: str, count: int) -> str:
+    """The sentence that says so; empty for none."""
+    return (
+        f"The judge {name} was trained on graded answers to {count} of the prompts it judges here: it errs less on them than on "
+        "others. Measure on prompts that it never saw."
+        if count
+        else ""
+    )
 
 
 @runtime_checkable

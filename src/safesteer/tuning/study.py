@@ -31,6 +31,7 @@ from typing import Any
 
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.ledger import key_of
+from safesteer.judges.base import in_sample
 from safesteer.tuning.candidates import Candidate, Space, applied, search_space
 from safesteer.tuning.trial import BEATEN, BREAKS, OVERFLOW, UNSELECTIVE, WEAK, Assessment, Bench, assess
 from safesteer.vectors import VectorBank
@@ -94,7 +95,7 @@ class Tuning:
 
     `found` is what the tuned bank did; `feasible` is False if it exceeds a limit (no candidate kept them, and the one
     with the most safe completions less what it exceeds them by was chosen). `factors` are the categories' own multiples
-    of the dose.
+    of the dose. `in_sample`: to how many of the tuning prompts the judge was trained on graded answers.
     """
 
     bank: VectorBank
@@ -104,12 +105,13 @@ class Tuning:
     trials: tuple[Trial, ...]
     front: tuple[int, ...]
     factors: dict[str, float]
+    in_sample: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "chosen": self.chosen.to_json(), "found": self.found.to_json(), "feasible": self.feasible,
-            "factors": self.factors, "front": list(self.front),
+            "factors": self.factors, "front": list(self.front), "in_sample": self.in_sample,
             "trials": [one.to_json() for one in self.trials],
         }  # fmt: skip
 
@@ -312,14 +314,18 @@ def tune(
         factors, found = category_factors(bench, bank, winner, how.limits, progress)
     tuned = applied(bank, winner.candidate, [factors[name] for name in bank.categories])
     feasible = how.limits.kept(found)
+    trained_on = in_sample(bench.judge, (row.prompt for part in bench.parts for row in part))
     record = {
         "candidate": winner.candidate.to_json(), "factors": factors, "feasible": feasible, "trials": len(trials),
-        "limits": asdict(how.limits), "judge": bench.judge.name, "rates": found.rates, "divergence": found.divergence,
+        "limits": asdict(how.limits), "judge": bench.judge.name, "in_sample": trained_on,
+        "rates": found.rates, "divergence": found.divergence,
         "prompts": [part.digest() for part in bench.parts], "seed": how.seed,
     }  # fmt: skip
     acting = list(tuned.acting_layers(bank.categories[0]))
     provenance = {**bank.provenance, "acting_layers": acting, "multiplier": None, "tuning": record}
-    return Tuning(replace(tuned, provenance=provenance), winner, found, feasible, trials, pareto(trials), factors)
+    return Tuning(
+        replace(tuned, provenance=provenance), winner, found, feasible, trials, pareto(trials), factors, trained_on
+    )
 
 
 def _parameters(candidate: Candidate, space: Space) -> dict[str, Any]:
