@@ -44,7 +44,9 @@ def main() -> None:
         return composed(rates, steps)[0].transpose(1, 2)
 
     for size in (1, 8, 32, 128, 256):
-        policies = [Policy.of({bank.categories[n % 12]: 0.1 + n / 1000 + size / 1e6}) for n in range(size)]
+        policies = [
+            Policy.of({bank.categories[n % 12]: 0.1 + n / 1000 + size / 1e6}, gate="always") for n in range(size)
+        ]
         params = [SimpleNamespace(extra_args={NAME: specs.args(one)[NAME]}) for one in policies]
         ones, host[:] = np.ones(size, dtype=np.int32), []
         seconds = []

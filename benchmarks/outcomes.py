@@ -92,7 +92,9 @@ def run(args: argparse.Namespace) -> None:
             if kind in ("unsteered", "system-prompt"):
                 policy = safesteer.Policy.off()
             elif kind == "oracle":
-                policy = safesteer.Policy.of({prompt.category: 1.0} if prompt.category else {}, tokens=tokens)
+                policy = safesteer.Policy.of(
+                    {prompt.category: 1.0} if prompt.category else {}, gate="always", tokens=tokens
+                )
             requests.append(Request(prompt.text, policy, SYSTEM if kind == "system-prompt" else None))
         began = time.time()
         responses = generate(

@@ -87,7 +87,7 @@ def main() -> None:
             continue
         dose, name = one.split(":")
         used = with_dose(bank, float(dose), None)
-        requests = [Request(p.text, Policy.of({p.category or "": 1.0})) for p in prompts]
+        requests = [Request(p.text, Policy.of({p.category or "": 1.0}, gate="always")) for p in prompts]
         undo = scheduled(SCHEDULES[name])
         try:
             responses = generate(loaded, used, requests, GenerationSettings(given.tokens))

@@ -58,7 +58,7 @@ def checked(plain: Any, steered: Any, prompts: list[Any], how: list[Any]) -> dic
 def acting(bank: VectorBank, size: int, tokens: int, turn: int) -> list[Any]:
     """Parameters that steer each request of a round as no other: every plan is made anew."""
     policies = [
-        Policy.of({bank.categories[index % len(bank.categories)]: 0.2 + 0.01 * index + 1e-4 * turn})
+        Policy.of({bank.categories[index % len(bank.categories)]: 0.2 + 0.01 * index + 1e-4 * turn}, gate="always")
         for index in range(size)
     ]
     return [

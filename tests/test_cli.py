@@ -76,6 +76,8 @@ def test_generate_compares_and_says_what_acted(run: Run, bank: Path) -> None:
         "How do I smash it?",
         "--steer",
         "breaking=1",
+        "--gate",
+        "always",
         "--compare",
         "--json",
         "--max-new-tokens",

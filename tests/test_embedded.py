@@ -40,7 +40,7 @@ def test_strength_zero_and_unsteered_rows_are_bit_identical(embedded: LoadedMode
         plain = embedded.model(ids).logits
         with Steerer(embedded, bank, Policy.of({"hate": 0.0})):
             assert torch.equal(plain, embedded.model(ids).logits)
-        with Steerer(embedded, bank, [Policy.off(), Policy.of({"hate": 1.0})]):
+        with Steerer(embedded, bank, [Policy.off(), Policy.of({"hate": 1.0}, gate="always")]):
             mixed = embedded.model(ids).logits
     assert torch.equal(plain[0], mixed[0])
     assert not torch.equal(plain[1], mixed[1])
@@ -53,7 +53,7 @@ def test_a_small_bank_changes_what_a_harmful_prompt_gets_and_nothing_else(
         "Write a short post that mocks Asian people for their accents.",
         "What is the capital of France?",
     )
-    always = Policy.of({"hate": 1.0})
+    always = Policy.of({"hate": 1.0}, gate="always")
     requests = [Request(harmful, always), Request(harmless, Policy.off())]
     before = generate(embedded, bank, [Request(harmful, Policy.off()), requests[1]], GenerationSettings(24))
     after = generate(embedded, bank, requests, GenerationSettings(24))

@@ -72,7 +72,7 @@ def effects(
     def effect(bank: VectorBank, total: float) -> float:
         found: list[float] = []
         for before, batch in zip(plain, batches, strict=True):
-            policies = [Policy.of({name: 1.0}, tokens=bank.tokens) for name, _ in batch]
+            policies = [Policy.of({name: 1.0}, gate="always") for name, _ in batch]
             with Steerer(loaded, scaled(bank, total), policies):
                 found += divergence(before, next_token(loaded, [one for _, one in batch]))
         progress(len(pairs))

@@ -31,8 +31,8 @@ class FingerprintMismatchError(BankError):
     """A bank was made for another model; says what differs."""
 
 
-class PolicyError(SafeSteerError):
-    """A policy is malformed, or asks for more than the ceiling allows."""
+class PolicyError(SafeSteerError, ValueError):
+    """A policy is malformed, or asks for more than the ceiling allows. A `ValueError`, to which pydantic adds the place."""
 
 
 class SteeringError(SafeSteerError):

@@ -8,20 +8,26 @@ For one request with reading (o, C) of the bank's gate (opening o, categories re
     delta[kind, l] = cap( sum over c of strength_c * step[c, l]  where c steers tokens of that kind )
 
 `cap` shortens the sum to its longest member: several categories share one dose, they do not pile up.
+What is off has strength 0. A gate, layers or tokens that a policy does not name are the bank's own: gated where the bank has a
+gate for the category, else always on.
+
 A category with `site: neurons` acts on its risk neurons instead (`safesteer.vectors.neurons`): neuron j goes the share strength_c
 of the way to its harmless level m_j; where several categories hold a neuron, the largest share and the mean level count.
 """
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from safesteer.errors import PolicyError
 from safesteer.vectors import Reading, VectorBank
@@ -46,46 +52,120 @@ KINDS_OF: dict[Tokens, tuple[int, ...]] = {
 }
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where the standard loader would keep the last."""
+_MERGE = "tag:yaml.org,2002:merge"
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, and `<<` merges by YAML's rule: a mapping's own keys come before merged ones,
+    and of several merged mappings the first. (PyYAML keeps the last of equal keys; which mapping it prefers differs by version.)
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [
+            (_MERGE, _MERGE) if key.tag == _MERGE else (key.tag, self.construct_object(key))
+            for key, _ in node.value
+            if isinstance(key, yaml.ScalarNode)
+        ]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+                name = "<<" if key[0] == _MERGE else key[1]
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", node.start_mark)
+        return node
+
+    def flatten_mapping(self, node: Any) -> None:
+        own = [pair for pair in node.value if pair[0].tag != _MERGE]
+        merged: list[Any] = []
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+        for one in merged:
+            if not isinstance(one, yaml.MappingNode):
+                raise yaml.constructor.ConstructorError(None, None, "<< merges mappings alone", one.start_mark)
+            self.flatten_mapping(one)
+        node.value = [*(pair for one in reversed(merged) for pair in one.value), *own]
 
 
-class CategoryPolicy(BaseModel):
+def is_off(value: Any) -> bool:
+    """Whether plain data says off: false, `off`, `no`, `false` or empty text, or an empty list."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("off", "no", "false", "")
+    return value is False or (isinstance(value, list | tuple) and not value)
+
+
+def parse_strength(value: Any) -> float:
+    """A strength from plain data: a finite number, or 0 for what says off. Raises `PolicyError` for anything else."""
+    if is_off(value):
+        return 0.0
+    try:
+        if not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise PolicyError(f"{reprlib.repr(value)} is not a number; the strength must be a number such as 1.0, or off")
+
+
+def sentence(error: ValidationError) -> str:
+    """The first of pydantic's complaints: its place, and what is wrong there."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    words = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {words}" if place else words
+
+
+class PlainData(BaseModel):
+    """Plain data in which a key without a value (null) is a key left out, and an unknown key an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _missing(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+        return data
+
+
+class CategoryPolicy(PlainData):
     """How one category acts.
 
     `strength`: 1 is the bank's calibrated dose. `gate`: `auto` acts only where the risk is read, `always` on every
-    request. `layers`: 0-based, None for the bank's own. `tokens`: `all`, `prompt`, `generated`, or `continuation` (the last
-    prompt token and what follows). `site`: `directions` adds the category's direction, `neurons` holds its risk neurons at their
-    harmless level (banks fitted with `--neurons`), `both` does both.
+    request; None: `auto` where the bank has a gate for the category, else `always`. `layers`: 0-based, None for the bank's own.
+    `tokens`: `all`, `prompt`, `generated`, or `continuation` (the last prompt token and what follows); None for the bank's own.
+    `site`: `directions` adds the category's direction, `neurons` holds its risk neurons at their harmless level (banks fitted
+    with `--neurons`), `both` does both.
+
+    Stands for it too: a number (its strength), what says off (strength 0), null (all of the defaults).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    strength: float = Field(default=1.0, allow_inf_nan=False)
-    gate: GateMode = "auto"
+    strength: float = 1.0
+    gate: GateMode | None = None
     layers: tuple[int, ...] | None = None
-    tokens: Tokens = "all"
+    tokens: Tokens | None = None
     site: ActsOn = "directions"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        if data is None:
+            return {}
+        return data if isinstance(data, Mapping | CategoryPolicy) else {"strength": data}
+
+    @field_validator("strength", mode="before")
+    @classmethod
+    def _strength(cls, value: Any) -> float:
+        return parse_strength(value)
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _layers(cls, value: Any) -> Any:
-        if isinstance(value, str | int) and not isinstance(value, bool):
-            return parse_layers(str(value))
-        return value
+    def _layers(cls, value: Any) -> tuple[int, ...]:
+        return parse_layers(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
 
 
-class Policy(BaseModel):
-    """What acts on a request. `categories` maps any name of a category to how it acts; none: the request is left alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Policy(PlainData):
+    """What acts on a request. `categories` maps any name of a category to how it acts (a list of names: by the defaults); none:
+    the request is left alone.
+    """
 
     name: str = "policy"
     categories: dict[str, CategoryPolicy] = Field(default_factory=dict)
@@ -94,17 +174,12 @@ class Policy(BaseModel):
     @field_validator("categories", mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        """`hate: 0.5` stands for `hate: {strength: 0.5}`; a list of names for strength 1."""
+        if is_off(value):
+            return {}
         if isinstance(value, list):
             if not all(isinstance(name, str) for name in value):
-                raise ValueError("a list of categories holds names alone")
-            value = dict.fromkeys(value, 1.0)
-        if isinstance(value, dict):
-            numbers = (int, float)
-            return {
-                name: {"strength": v} if isinstance(v, numbers) and not isinstance(v, bool) else (v or {})
-                for name, v in value.items()
-            }
+                raise PolicyError("a list of categories holds names alone")
+            return dict.fromkeys(value)
         return value
 
     @classmethod
@@ -118,46 +193,57 @@ class Policy(BaseModel):
 
         Raises `PolicyError` where the bank's check found every category unfit; those that it found so are left out.
         """
-        gate: GateMode = "auto" if bank.gate is not None else "always"
         fit = [name for name in bank.categories if name not in bank.unfit]
         if not fit:
             raise PolicyError(f"every category of this bank {UNFIT}")
-        return cls(name="default", categories={name: CategoryPolicy(gate=gate, tokens=bank.tokens) for name in fit})
+        return cls.of(dict.fromkeys(fit), name="default").resolved(bank)
 
     @classmethod
     def of(
         cls,
-        strengths: Mapping[str, float],
+        categories: Mapping[str, Any],
         *,
-        gate: GateMode = "always",
+        gate: GateMode | None = None,
         layers: tuple[int, ...] | None = None,
-        tokens: Tokens = "all",
+        tokens: Tokens | None = None,
         research: bool = False,
         name: str = "custom",
     ) -> Policy:
-        """A policy from strengths by category. `research` allows negative strength, from Python only."""
-        categories = {
-            category: CategoryPolicy(strength=strength, gate=gate, layers=layers, tokens=tokens)
-            for category, strength in strengths.items()
+        """A policy from `categories` as a policy file has them: strengths, or more. Raises `PolicyError`.
+
+        `gate`, `layers` and `tokens` hold for those that do not name their own. `research` allows negative strength, from Python
+        only.
+        """
+        common = {"gate": gate, "layers": layers, "tokens": tokens}
+        ways = {
+            category: common | dict(how if isinstance(how, Mapping) else {"strength": how})
+            for category, how in categories.items()
         }
-        return cls(name=name, categories=categories, research=research)
+        return cls._checked({"name": name, "categories": ways, "research": research}, name)
 
     @classmethod
     def parse(cls, data: Any, where: str = "policy") -> Policy:
-        """A policy from plain data (a mapping, or the strings `default`-less forms of YAML). Raises `PolicyError`.
+        """A policy from plain data: a mapping with `categories`, or what says off. Raises `PolicyError`, with the place.
 
         Plain data cannot ask for research: negative strength is for Python only.
         """
+        if is_off(data):
+            return cls.off()
         if not isinstance(data, dict):
             raise PolicyError(f"{where}: expected a mapping such as {{categories: {{hate: 1.0}}}}")
         if "research" in data:
             raise PolicyError(f"{where}: research can be switched on only from Python")
+        policy = cls._checked(data, where)
+        if "categories" not in policy.model_fields_set:
+            raise PolicyError(f"{where}: names no categories; write categories: {{hate: 1.0}}, or categories: off")
+        return policy
+
+    @classmethod
+    def _checked(cls, data: Any, where: str) -> Policy:
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise PolicyError(f"{where}: {place}: {first['msg']}") from None
+            raise PolicyError(f"{where}: {sentence(error)}") from None
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Policy:
@@ -166,11 +252,11 @@ class Policy(BaseModel):
         return cls.parse(data, str(path))
 
     def resolved(self, bank: VectorBank) -> Policy:
-        """The same policy with the bank's canonical names, checked against the bank.
+        """The same policy with the bank's canonical names, gates and tokens, checked against the bank.
 
         Raises `UnknownCategoryError`; `PolicyError` for a category that the bank's check found unfit, for a strength
-        below 0 (unless research) or above the ceiling, for
-        `gate: auto` with a bank that has no gate, and for a category named twice; `BankError` for absent layers.
+        below 0 (unless research) or above the ceiling, for `gate: auto` with a bank that has no gate,
+        and for a category named twice; `BankError` for absent layers.
         """
         categories: dict[str, CategoryPolicy] = {}
         for name, how in self.categories.items():
@@ -185,26 +271,28 @@ class Policy(BaseModel):
                 raise PolicyError(
                     f"{canonical}: strength {how.strength:g} is above the bank's ceiling of {bank.strength_ceiling:g}"
                 )
-            if how.gate == "auto" and (bank.gate is None or canonical not in bank.gate.categories):
+            read = bank.gate is not None and canonical in bank.gate.categories
+            if how.gate == "auto" and not read:
                 raise PolicyError(f"{canonical}: the bank has no gate for it; use gate: always")
             if how.layers is not None:
                 bank.steps(canonical, how.layers)
             if how.site != "directions" and bank.neurons is None:
                 raise PolicyError(f"{canonical}: the bank has no risk neurons; fit it with --neurons 256")
-            categories[canonical] = how
+            own = {"gate": how.gate or ("auto" if read else "always"), "tokens": how.tokens or bank.tokens}
+            categories[canonical] = how.model_copy(update=own)
         return self.model_copy(update={"categories": categories})
 
     @property
     def gated(self) -> bool:
-        """Whether any category waits for its risk to be read."""
-        return any(how.gate == "auto" and how.strength != 0 for how in self.categories.values())
+        """Whether any category waits for its risk to be read, or may: what its gate is, the bank decides (`resolved`)."""
+        return any(how.gate != "always" and how.strength != 0 for how in self.categories.values())
 
 
 def read_yaml(path: str | Path) -> Any:
     """The plain data in a YAML file, in which no key stands twice. Raises `PolicyError` naming the file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
+        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader
     except OSError as error:
         raise PolicyError(f"{path} cannot be read ({error.strerror})") from None
     except (
@@ -310,12 +398,12 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
     found: list[tuple[float, list[int], dict[int, torch.Tensor]]] = []
     pulls: dict[int, list[Pull]] = {}
     for category, how in policy.categories.items():
-        strength = how.strength
-        if how.gate == "auto" and reading is not None:
+        strength, gate, tokens = how.strength, how.gate or "auto", how.tokens or bank.tokens
+        if gate == "auto" and reading is not None:
             strength *= reading.opening if category in reading.categories else 0.0
         if strength == 0:
             continue
-        kinds = list(KINDS_OF[how.tokens])
+        kinds = list(KINDS_OF[tokens])
         held = bank.neurons.at(bank.index(category)) if how.site != "directions" and bank.neurons is not None else {}
         for layer, (indices, targets) in held.items():
             rates = torch.zeros(4, len(indices))
@@ -323,7 +411,7 @@ def plan(policy: Policy, bank: VectorBank, reading: Reading | None = None) -> Pl
             pulls.setdefault(layer, []).append(Pull(indices, rates, targets))
         steps = bank.steps(category, how.layers) if how.site != "neurons" else {}
         total = bank.dose(category) * strength if steps else 0.0
-        acting.append(Acting(category, strength, total, tuple(steps or held), how.tokens, how.gate, how.site))
+        acting.append(Acting(category, strength, total, tuple(steps or held), tokens, gate, how.site))
         if steps:
             found.append((strength, kinds, steps))
     layers = sorted({layer for _, _, steps in found for layer in steps})

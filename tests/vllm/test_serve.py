@@ -93,7 +93,7 @@ def test_requests_that_come_and_go_at_random_are_answered_as_alone(world: World,
 
 
 def test_over_http_an_answer_is_the_librarys_and_says_what_acted(world: World, engine: VllmEngine) -> None:  # noqa: F811
-    strong = Policy.of({"breaking": 1.0})
+    strong = Policy.of({"breaking": 1.0}, gate="always")
     authority = Authority(
         world.bank, Policy.off(), {"strict": strong.resolved(world.bank)}, Clients(may="any", most=1.5)
     )
@@ -121,7 +121,7 @@ def test_over_http_an_answer_is_the_librarys_and_says_what_acted(world: World, e
             wanted = generate(
                 world.loaded,
                 world.bank,
-                [Request("Smash it", Policy.of({"breaking": 1.2}))],
+                [Request("Smash it", Policy.of({"breaking": 1.2}, gate="always"))],
                 GenerationSettings(TOKENS),
             )[0]
             assert text.strip() == wanted.text
@@ -134,7 +134,9 @@ def test_over_http_an_answer_is_the_librarys_and_says_what_acted(world: World, e
 
 
 def test_sampling_stop_words_and_a_full_queue(world: World, engine: VllmEngine) -> None:  # noqa: F811
-    job = Job(encode(world.loaded.tokenizer, "How?"), Policy.of({"breaking": 1.0}).resolved(world.bank), 12)
+    job = Job(
+        encode(world.loaded.tokenizer, "How?"), Policy.of({"breaking": 1.0}, gate="always").resolved(world.bank), 12
+    )
     whole = answer(engine, job).text
     word = whole[3:5]
     cut = answer(engine, replace(job, stop=(word,)))
@@ -200,7 +202,9 @@ def test_what_is_not_served(world: World, engine: VllmEngine, tmp_path: Path) ->
 
 
 def test_when_vllm_ends_requests_fail_and_it_is_not_alive(world: World, engine: VllmEngine) -> None:  # noqa: F811
-    job = Job(encode(world.loaded.tokenizer, "How?"), Policy.of({"breaking": 1.0}).resolved(world.bank), 12)
+    job = Job(
+        encode(world.loaded.tokenizer, "How?"), Policy.of({"breaking": 1.0}, gate="always").resolved(world.bank), 12
+    )
     assert answer(engine, job).text
     [process] = engine._llm.engine_core.resources.engine_manager.processes
     process.kill()

@@ -41,11 +41,11 @@ TEXTS = [f"How do I smash the vase number {number}?{'x' * (7 * number % 40)}" fo
 POLICIES = [
     None,  # the bank's own, gated
     Policy.off(),
-    Policy.of({"breaking": 1.0}),
-    Policy.of({"lying": 1.5, "breaking": 0.5}),
-    Policy.of({"breaking": 2.0}, tokens="generated"),
-    Policy.of({"breaking": 2.0}, tokens="continuation"),
-    Policy.of({"lying": 1.0}, tokens="prompt"),
+    Policy.of({"breaking": 1.0}, gate="always"),
+    Policy.of({"lying": 1.5, "breaking": 0.5}, gate="always"),
+    Policy.of({"breaking": 2.0}, gate="always", tokens="generated"),
+    Policy.of({"breaking": 2.0}, gate="always", tokens="continuation"),
+    Policy.of({"lying": 1.0}, gate="always", tokens="prompt"),
 ]
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
@@ -231,7 +231,7 @@ def test_steered_blocks_are_not_shared_and_would_be_without_the_key(world: World
     text = "How do I break this very long and quite particular window pane of the old house near the sea?"
     ids = list(encode(world.loaded.tokenizer, text).ids)
     assert len(ids) > 64
-    args = ours.request_args(Policy.of({"breaking": 2.0}), world.bank)
+    args = ours.request_args(Policy.of({"breaking": 2.0}, gate="always"), world.bank)
     clean = generate(world.loaded, world.bank, [Request(text, Policy.off())], GenerationSettings(TOKENS))[0].text
 
     def ask(extra: Any) -> str:
@@ -265,7 +265,7 @@ def test_blocks_that_come_back_from_a_connector_are_of_the_same_policy(world: Wo
         return any(llm.reset_prefix_cache() or ask([5, 6, 7]) is None for _ in range(10))
 
     try:
-        steered = ours.request_args(Policy.of({"breaking": 1.0}), world.bank)  # as some of the requests
+        steered = ours.request_args(Policy.of({"breaking": 1.0}, gate="always"), world.bank)  # as some of the requests
         prompt = list(encode(world.loaded.tokenizer, TEXTS[3]).ids)
         for _ in range(3):
             found = ours.generate(llm, world.bank, world.requests, GenerationSettings(TOKENS))
@@ -315,7 +315,7 @@ def test_what_cannot_be_steered_as_asked_is_refused(
 
 @pytest.mark.parametrize("name", ["safesteer", "safesteer_read"])
 def test_a_prompt_that_comes_in_pieces_is_refused(world: World, eager: Any, name: str) -> None:
-    steered = ours.request_args(Policy.of({"breaking": 1.0}), world.bank)
+    steered = ours.request_args(Policy.of({"breaking": 1.0}, gate="always"), world.bank)
     extra = steered if name == "safesteer" else {name: '["a", 0]'}
     given = vllm.SamplingParams(max_tokens=1, extra_args=extra)
     with pytest.raises(VLLMValidationError, match="send it whole"):
@@ -336,7 +336,7 @@ def test_an_engine_that_does_not_steer_is_not_taken_for_one(world: World, tmp_pa
     try:
         with pytest.raises(SteeringError, match="not every worker steers"):
             ours.armed(llm)
-        args = ours.request_args(Policy.of({"breaking": 1.0}), world.bank)
+        args = ours.request_args(Policy.of({"breaking": 1.0}, gate="always"), world.bank)
         with pytest.raises(VLLMValidationError, match="without a bank"):
             llm.generate(
                 [{"prompt_token_ids": [1, 2]}], vllm.SamplingParams(max_tokens=1, extra_args=args), use_tqdm=False
@@ -350,7 +350,7 @@ def test_an_engine_that_does_not_steer_is_not_taken_for_one(world: World, tmp_pa
 
 def test_an_answer_that_is_prompt_in_the_next_turn_is_steered_as_prompt(world: World, eager: Any) -> None:
     """Its blocks were computed as generated tokens; the next turn must not find them in the cache."""
-    args = ours.request_args(Policy.of({"breaking": 2.0}, tokens="generated"), world.bank)
+    args = ours.request_args(Policy.of({"breaking": 2.0}, gate="always", tokens="generated"), world.bank)
 
     def ask(ids: list[int], tokens: int) -> Any:
         given = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=1, extra_args=args)
@@ -410,7 +410,7 @@ def test_requests_with_an_adapter_are_steered_and_leave_later_ones_alone(world: 
         "bias": "none",
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    policies = [Policy.off(), Policy.of({"breaking": 1.5})]
+    policies = [Policy.off(), Policy.of({"breaking": 1.5}, gate="always")]
     requests = [Request(text, policy) for text in TEXTS[:6] for policy in policies]
     expected = {
         adapted: [one.text for one in generate(loaded, world.bank, requests, GenerationSettings(TOKENS), force=True)]

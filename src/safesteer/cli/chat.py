@@ -13,12 +13,12 @@ from safesteer.cli.console import err, out, print_json
 from safesteer.errors import SafeSteerError
 from safesteer.files import json_lines
 
-HELP = """/steer hate=0.5 [privacy=1]   steer these categories on every message
-/default                      back to the bank's own policy
-/off                          no steering
-/why                          what acted on the last answer, and what was read
-/reset                        forget the conversation
-/quit                         leave"""
+HELP = """/steer hate=0.5 [privacy=off]  steer these categories and no others
+/default                       back to the bank's own policy
+/off                           no steering
+/why                           what acted on the last answer, and what was read
+/reset                         forget the conversation
+/quit                          leave"""
 
 
 def chat(
@@ -81,6 +81,8 @@ def chat(
             err.print("The conversation is forgotten.")
         elif command in ("/steer", "/off", "/default"):
             try:
+                if command != "/steer" and rest:
+                    raise SafeSteerError(f"{command} takes nothing; write /steer hate=off for a category")
                 if command == "/off":
                     chosen = Policy.off()
                 elif command == "/default":

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def _read_requests(
     source: str, bank: VectorBank, default: Policy, columns: Mapping[str, str], encoding: str | None
 ) -> list[tuple[Request, dict[str, Any]]]:
-    """Requests of a file, each with its own policy where the row names one (`off`, `default`, or a mapping)."""
+    """Requests of a file, each with its own policy where the row names one (`off`, `default`, or a mapping; an empty cell of a
+    table names none)."""
     from safesteer.engines import Request
     from safesteer.policy import Policy
     from safesteer.prompts.reading import prompt_from_row, rows_of
@@ -37,14 +38,8 @@ def _read_requests(
         own = {str(key).strip().lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
         given = own.get("policy")
         if given not in (None, ""):
-            if given == "off":
-                policy = Policy.off()
-            elif given == "default":
-                policy = Policy.default(bank)
-            else:
-                policy = Policy.parse(given, where)
             try:
-                policy = policy.resolved(bank)
+                policy = (Policy.default(bank) if given == "default" else Policy.parse(given)).resolved(bank)
             except SafeSteerError as error:
                 raise PolicyError(f"{where}: {error}") from None
         extra = {"id": prompt.identifier} if prompt.identifier else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,11 +60,14 @@ PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A policy file
 Steer = Annotated[
     list[str] | None,
     typer.Option(
-        "--steer", help="CATEGORY=STRENGTH, acting on every prompt (add --gate auto to have it gated). Repeatable."
+        "--steer", help="CATEGORY=STRENGTH or CATEGORY=off, gated as in a policy file (see --gate). Repeatable."
     ),
 ]
 GateOption = Annotated[
-    str | None, typer.Option("--gate", help="For --steer: `always`, or `auto` to act only where the risk is read.")
+    str | None,
+    typer.Option(
+        "--gate", help="For --steer: `always` (on every prompt), or `auto`: where the risk is read (default)."
+    ),
 ]
 TokensOption = Annotated[
     str | None, typer.Option("--tokens", help="For --steer: all, prompt, generated or continuation.")
@@ -159,20 +163,21 @@ def load_for(bank: VectorBank, model: str | None, **options: Any) -> LoadedModel
 
 
 def parse_steer(items: list[str], gate: str | None, tokens: str | None) -> Policy:
-    """`["hate=1.0", "privacy=0.5"]` -> a policy. Raises `PolicyError`."""
+    """`["hate=1.0", "privacy=off"]` -> a policy. Raises `PolicyError`."""
     from safesteer.policy import Policy
 
     categories: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.rpartition("=")
-        try:
-            strength = float(value) if equals else 1.0
-        except ValueError:
-            raise PolicyError(f"--steer {item}: {value!r} is not a number; write --steer hate=1.0") from None
         category = name if equals else item
+        strength: float | str | None = value if equals else None
+        if equals and not value.strip():
+            raise PolicyError(f"--steer {item}: there is no strength; write {category}=1.0, or {category}=off")
+        with contextlib.suppress(ValueError):
+            strength = float(value) if equals else None
         if category in categories:
             raise PolicyError(f"--steer {category} is given twice; give each category once")
-        categories[category] = {"strength": strength, "gate": gate or "always", "tokens": tokens or "all"}
+        categories[category] = {"strength": strength, "gate": gate, "tokens": tokens}
     return Policy.parse({"name": "steer", "categories": categories}, "--steer")
 
 

@@ -114,7 +114,7 @@ class Specs:
         resolved = policy.resolved(self.bank)
         if resolved.gated:
             raise SteeringError(
-                "a gated policy reads the prompt first; inside vLLM give the strengths that its gate decided"
+                "a gated policy reads the prompt first; inside vLLM say gate: always, or give the strengths that its gate decided"
             )
         self.check(resolved)
         categories = {
@@ -129,7 +129,7 @@ class Specs:
         rates = np.zeros((len(specs), KINDS, len(self.bank.categories)), dtype=np.float32)
         for row, spec in zip(rates, specs, strict=True):
             for name, how in self.policy(spec).categories.items():
-                row[KINDS_OF[how.tokens], self._places[name]] = how.strength
+                row[KINDS_OF[how.tokens or self.bank.tokens], self._places[name]] = how.strength
         return torch.from_numpy(rates)[:, 1:].contiguous()
 
     def steps(self, layers: Sequence[int]) -> torch.Tensor:

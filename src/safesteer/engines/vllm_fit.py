@@ -281,7 +281,7 @@ class Steered:
         parameters = [
             SamplingParams(
                 max_tokens=1, temperature=0.0, detokenize=False, logprobs=-1, flat_logprobs=True,
-                extra_args=self._specs.args(Policy.of({name: strength}, tokens=self._bank.tokens)) or None,
+                extra_args=self._specs.args(Policy.of({name: strength}, gate="always")) or None,
             )
             for name, _ in prompts
         ]  # fmt: skip

@@ -154,7 +154,7 @@ def suppress(
     return CausalCheck(top, judge.name, tuple(asked), answers, outcomes, change, p, nll)
 
 
-_HELD = CategoryPolicy(strength=1.0, gate="always", site="neurons")
+_HELD = CategoryPolicy(strength=1.0, gate="always", tokens="all", site="neurons")
 
 
 def _banks(

@@ -140,7 +140,7 @@ def dose_response(
         raise SafeSteerError("the strengths of a dose-response curve must be 0 or more; give at least one")
     control, texts = randomised(bank, seed), [text for _, text in asked]
     doses = sorted({min(float(one), bank.strength_ceiling) for one in strengths})
-    policies = [[Policy.of({name: strength}, tokens=bank.tokens) for name, _ in asked] for strength in doses]
+    policies = [[Policy.of({name: strength}, gate="always") for name, _ in asked] for strength in doses]
     # All strengths in one go: rows of a batch carry policies of their own.
     rows = [(name, text, policy) for own in policies for (name, text), policy in zip(asked, own, strict=True)]
     requests = [Request(text, policy) for _, text, policy in rows]
@@ -196,7 +196,7 @@ def by_layer(
     asked = _asked(bank, prompts)
     texts, banks = [text for _, text in asked], (bank, randomised(bank, seed))
     steerings = [
-        (one, [Policy.of({name: 1.0}, layers=(layer,), tokens=bank.tokens) for name, _ in asked])
+        (one, [Policy.of({name: 1.0}, gate="always", layers=(layer,)) for name, _ in asked])
         for layer in bank.layers
         for one in banks
     ]

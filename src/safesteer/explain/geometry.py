@@ -145,7 +145,7 @@ def collect_for_explain(
     after = before.clone()
     for category in dict.fromkeys(row.category for row in rows if row.category is not None):
         own = [index for index, row in enumerate(rows) if row.category == category]
-        policy = Policy.of({category: 1.0}, tokens=bank.tokens).resolved(bank)
+        policy = Policy.of({category: 1.0}, gate="always").resolved(bank)
         decided = plan(policy, bank)
         after[:, own] = _steered(loaded, bank, [encoded[index] for index in own], decided, read.layers, count)
     return Material(read.layers, tuple(rows), before, after)

@@ -172,7 +172,7 @@ def by_steering(
         raise SafeSteerError("there are no prompts to steer; give at least one")
     if bank.tokens == "generated":
         raise SafeSteerError("the bank steers generated tokens only, so the first one is the unsteered model's own")
-    policy = Policy.of({category: 1.0}, tokens=bank.tokens)
+    policy = Policy.of({category: 1.0}, gate="always")
     banks = [bank, *(randomised(bank, seed + index) for index in range(controls))]
     encoded = [encode(loaded.tokenizer, prompt) for prompt in prompts]
     sums: list[torch.Tensor | float] = [0.0] * len(banks)

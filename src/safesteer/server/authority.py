@@ -19,30 +19,28 @@ Clients name categories and strengths, nothing else: no vectors, no layers, no f
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, StrictFloat, ValidationError
 
 from safesteer.errors import PolicyError
-from safesteer.policy import CategoryPolicy, Policy, read_yaml
+from safesteer.policy import CategoryPolicy, PlainData, Policy, is_off, parse_strength, read_yaml, sentence
 from safesteer.vectors import VectorBank
 
 May = Literal["raise", "any", "none"]
 SEPARATOR = "@"
 MOST_NAMED = 64  # categories in one request
-FARTHEST = 1e6  # no number beyond it is a strength
 
 
-class Clients(BaseModel):
+class Clients(PlainData):
     """What a client may ask for; `most`: the highest strength (None: the bank's ceiling)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     may: May = "raise"
-    most: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    most: StrictFloat | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,21 @@ class Authority:
         if path is None:
             return cls(bank, Policy.default(bank).resolved(bank))
         data = read_yaml(path)
+        data = {"categories": data} if is_off(data) else data
         if not isinstance(data, dict):
             raise PolicyError(f"{path}: expected a mapping such as {{categories: {{hate: 1.0}}}}")
-        variants, clients = data.pop("variants", None) or {}, data.pop("clients", None) or {}
+        variants, clients = (data.pop(key, None) for key in ("variants", "clients"))
+        variants = {} if variants is None or is_off(variants) else variants
         if not isinstance(variants, dict):
             raise PolicyError(f"{path}: variants: expected names with a policy each")
+        clients = {} if clients is None else {"may": "none"} if is_off(clients) else clients
         try:
             allowed = Clients.model_validate(clients)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(("clients", *(str(part) for part in first["loc"])))
-            raise PolicyError(f"{path}: {place}: {first['msg']}") from None
+            raise PolicyError(f"{path}: clients.{sentence(error)}") from None
+        if data.get("categories") is None:  # the bank's default policy
+            data = {"name": "default", **data, "categories": Policy.default(bank).categories}
         policy = Policy.parse(data, str(path))
-        if "categories" not in data:
-            policy = Policy.default(bank)
         named = {name: _variant(name, one, f"{path}: variants").resolved(bank) for name, one in variants.items()}
         return cls(bank, policy.resolved(bank), named, allowed)
 
@@ -118,8 +117,12 @@ class Authority:
         return policy.model_copy(update={"name": f"{policy.name}+client", "categories": categories}).resolved(self.bank)
 
     def _strength(self, category: str, strength: Any, own: CategoryPolicy | None) -> CategoryPolicy:
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not -FARTHEST < strength < FARTHEST:
-            raise PolicyError(f"{category}: the strength must be a number")
+        try:
+            strength = parse_strength(strength)
+        except PolicyError:
+            raise PolicyError(
+                f'{category}: `steering` must be a number such as 1.0, or "off", and not {reprlib.repr(strength)}'
+            ) from None
         most = min(self.bank.strength_ceiling, math.inf if self.clients.most is None else self.clients.most)
         least = own.strength if own is not None and self.clients.may == "raise" else 0.0
         if strength < 0:
@@ -128,15 +131,15 @@ class Authority:
             raise PolicyError(f"{category}: this server lets clients raise strengths only; use {least:g} or more")
         if strength > max(most, least):
             raise PolicyError(f"{category}: strength {strength:g} is above this server's limit of {max(most, least):g}")
-        if own is None:
-            own = Policy.default(self.bank.unverified()).categories[category]  # `resolved` refuses unfit ones
-        return own.model_copy(update={"strength": float(strength)})
+        return (own or CategoryPolicy()).model_copy(update={"strength": strength})
 
 
 def _variant(name: Any, data: Any, where: str) -> Policy:
     if not isinstance(name, str) or not name or SEPARATOR in name or not (name.isascii() and name.isprintable()):
         raise PolicyError(f"{where}: {name!r} is no name; use plain letters, without {SEPARATOR}")
-    if not isinstance(data, dict) or "categories" not in data:
+    if is_off(data):
+        return Policy(name=name)
+    if not isinstance(data, dict) or data.get("categories") is None:
         raise PolicyError(
             f"{where}: {name}: expected a policy with its categories, such as {{categories: {{hate: 1.5}}}}"
         )

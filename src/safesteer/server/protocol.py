@@ -57,8 +57,8 @@ class _Asked(BaseModel):
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    steering: Literal["off"] | dict[str, Number] | None = Field(
-        default=None, description='"off", or strengths by category: what the operator allows of it.'
+    steering: Literal["off"] | dict[str, Any] | None = Field(
+        default=None, description='"off", or a strength or "off" by category: what the operator allows of it.'
     )
 
     @model_validator(mode="before")
