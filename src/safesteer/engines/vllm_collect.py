@@ -3,13 +3,14 @@
 A request says in `extra_args` what it is for (`Job`). Its tokens are computed anew, in as many chunks as the scheduler likes;
 what is asked for is taken, on the device, before the next pass overwrites it:
 
-    sum      x = mean of h_l(t) over a span of tokens;   of its group, in fp64:  count, sum of x, sum of |x|
+    sum      x = mean of h_l(t) over a span of tokens;   of its group:  count, sum of x, sum of |x|
              of all: sum over a second span of ||h_l(t)||, its number of tokens, and of the mean unit state of a third span
     view     h(t) of `safesteer.vectors.gate`, centred: the last token's, the mean of the last TAIL, the mean of the user's words
     score    b of `safesteer.vectors.gate`: the strongest passage, by the w that the request names
 
-Everything is kept under the shard that the request names, and handed over once, in whole (`Collector.collected`): a shard that
-is sent again is another shard, and the driver (`safesteer.engines.vllm_fit`) takes one of each.
+Everything is kept in fp32 (not every device has fp64) under the shard that the request names, and handed over once, in whole
+and in fp64 (`Collector.collected`): a shard that is sent again is another shard, and the driver (`safesteer.engines.vllm_fit`)
+takes one of each, and adds them up in fp64.
 """
 
 from __future__ import annotations
@@ -107,9 +108,9 @@ class Job:
 class _Progress:
     """Of a prompt that is being read."""
 
-    span: torch.Tensor  # fp64 [layers, width]
-    norms: torch.Tensor  # fp64 [layers]
-    words: torch.Tensor  # fp64 [gate layers, width]
+    span: torch.Tensor  # [layers, width]
+    norms: torch.Tensor  # [layers]
+    words: torch.Tensor  # [gate layers, width]
     tail: torch.Tensor  # [gate layers, <= TAIL, width]
     scores: list[torch.Tensor] = field(default_factory=list)
 
@@ -117,7 +118,7 @@ class _Progress:
 @dataclass
 class _Group:
     count: int
-    total: torch.Tensor  # fp64 [layers, width]
+    total: torch.Tensor  # [layers, width]
     magnitude: torch.Tensor
 
 
@@ -211,12 +212,12 @@ class Collector:
 
     def _nothing(self) -> _Progress:
         empty = self._empty()
-        total = torch.zeros(len(self.what.layers), self._width, dtype=torch.float64, device=self._device)
+        total = torch.zeros(len(self.what.layers), self._width, dtype=torch.float32, device=self._device)
         return _Progress(total, empty.norms, empty.words, self._states[self._gate][:, :0].float())
 
     def _empty(self) -> _Shard:
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=self._device)
+            return torch.zeros(*shape, dtype=torch.float32, device=self._device)
 
         return _Shard(zeros(len(self.what.layers)), zeros(len(self.what.gate_layers), self._width))
 
@@ -238,13 +239,13 @@ class Collector:
     def _add(self, job: Job, progress: _Progress, inside: _Inside) -> None:
         span, norms, words = (inside.of(one) for one in (job.span, job.norms, job.words))
         if span is not None:
-            progress.span += self._values[self._slots, span].double().sum(dim=1)
+            progress.span += self._values[self._slots, span].sum(dim=1, dtype=torch.float32)
         if norms is not None:
             lengths = torch.linalg.vector_norm(self._states[self._layers, norms], dim=-1, dtype=torch.float32)
-            progress.norms += lengths.double().sum(dim=1)
+            progress.norms += lengths.sum(dim=1)
         if words is not None and self._gate:
             unit = torch.nn.functional.normalize(self._states[self._gate, words].float(), dim=-1)
-            progress.words += unit.double().sum(dim=1)
+            progress.words += unit.sum(dim=1)
 
     def _look(self, job: Job, progress: _Progress, inside: _Inside) -> None:
         turn = inside.of((job.words[0], inside.position + inside.size))
@@ -260,16 +261,15 @@ class Collector:
             return
         words = inside.of(job.words)
         if words is not None:
-            progress.words += states[:, : words.stop - words.start].double().sum(dim=1)
+            progress.words += states[:, : words.stop - words.start].sum(dim=1)
         progress.tail = torch.cat([progress.tail, states], dim=1)[:, -TAIL:].clone()
 
     def _finish(self, job: Job, progress: _Progress, shard: _Shard) -> None:
         words = progress.words / max(1, job.words[1] - job.words[0])
         if job.mode == "score":
-            shard.rows[job.row] = strongest(torch.cat(progress.scores)).double().reshape(1)
+            shard.rows[job.row] = strongest(torch.cat(progress.scores)).reshape(1)
         elif job.mode == "view":
-            tail = progress.tail.double()
-            shard.rows[job.row] = torch.stack([tail[:, -1], tail.mean(dim=1), words])
+            shard.rows[job.row] = torch.stack([progress.tail[:, -1], progress.tail.mean(dim=1), words])
         else:
             value = progress.span / max(1, job.span[1] - job.span[0])
             zero = torch.zeros_like(value)
@@ -297,4 +297,5 @@ class _Inside:
 
 
 def _bytes(value: torch.Tensor) -> bytes:
-    return value.cpu().contiguous().numpy().tobytes()
+    """fp64."""
+    return value.cpu().double().contiguous().numpy().tobytes()

@@ -279,7 +279,8 @@ def model_digest_of(loaded: LoadedModel) -> str:
     sums = [
         [
             name,
-            float(tensor.detach().sum(dtype=torch.float64)),
+            # row by row: a device may have no fp64, and one fp32 sum over all hides a single weight
+            float(tensor.detach().sum(dim=-1, dtype=torch.float32).cpu().double().sum()),
             float(torch.linalg.vector_norm(tensor.detach().float())),
         ]
         for name, tensor in loaded.model.named_parameters()
