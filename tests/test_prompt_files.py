@@ -203,6 +203,9 @@ def test_a_direction_is_read_from_single_messages(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": CONVERSATION[-1:]}) + "\n", encoding="utf-8")
     assert texts(path) == [("Why bake?", None)]
+    quoted = json.dumps(CONVERSATION[-1:]).replace('"', '""')
+    (tmp_path / "chats.csv").write_text(f'id,messages\n1,"{quoted}"\n', encoding="utf-8")
+    assert texts(tmp_path / "chats.csv") == [("Why bake?", None)]
     path.write_text(json.dumps({"messages": CONVERSATION}) + "\n", encoding="utf-8")
     with pytest.raises(PromptFileError, match=r"line 1: a conversation of 4 messages; `generate` takes those"):
         read_prompts(path)

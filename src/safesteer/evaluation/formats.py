@@ -74,6 +74,10 @@ def _sorry(plain: bool) -> Callable[[Fields, str], Fields | None]:
     """The rows in the base style, or those in the others. The first edition numbers its categories."""
 
     def prepare(fields: Fields, where: str) -> Fields | None:
+        if isinstance(fields.get("turns"), str) and fields["turns"].startswith(
+            "["
+        ):  # what pandas makes of a list in a CSV
+            raise PromptFileError(f"{where}: turns must be a list; take the JSONL or parquet file")
         style, category = fields.get("prompt_style") or "base", str(fields.get("category"))
         named = f"sorrybench {category}" if category.isdigit() else category
         return {**fields, "category": named} if (style == "base") == plain else None

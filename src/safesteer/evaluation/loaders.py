@@ -35,8 +35,8 @@ from safesteer.prompts.reading import (
     fields_of,
     hub_name,
     hub_rows,
-    said,
     source_name,
+    words_of,
 )
 
 USUAL_SPLITS = ("train", "test", "validation")  # which say nothing of what is in them
@@ -193,7 +193,7 @@ def _suite_row(form: Format, raw: Any, fields: Fields, where: str, prefix: str) 
     if harmful and not label:
         raise PromptFileError(f"{where}: {form.label[0]} must be text that is not empty")
     filled = next((one for one in form.prompt if fields.get(one.lower()) not in (None, "")), form.prompt[0])
-    prompt, before, answer = said(fields.get(filled.lower()), where, filled)
+    prompt, before, answer = words_of(fields.get(filled.lower()), where, filled)
     check_alone(before, where)
     context = _text(fields, form.context, where)
     known = taxonomy.find(label)

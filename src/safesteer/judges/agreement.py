@@ -21,7 +21,7 @@ import torch
 from safesteer.errors import PromptFileError
 from safesteer.judges.base import HALF, OUTCOMES, Exchange, Judge, Judgement, count_leanings
 from safesteer.prompts.files import read_bytes, rows_of_bytes
-from safesteer.prompts.reading import check_characters, checked_category, said
+from safesteer.prompts.reading import check_characters, checked_category, words_of
 from safesteer.vectors import gate
 
 Target = Literal["auto", "outcome", "unsafe", "refusal"]
@@ -55,7 +55,7 @@ def exchanges_of(path: Path) -> Iterator[tuple[str, dict[str, Any], Exchange]]:
             raise PromptFileError(f"{where}: expected an object with prompt, response and outcome")
         prompt, response, name = (_first(row, keys) for keys in (PROMPT_KEYS, RESPONSE_KEYS, CATEGORY_KEYS))
         if isinstance(prompt, list):
-            prompt = said(prompt, where)[0]
+            prompt = words_of(prompt, where)[0]
         if not isinstance(prompt, str) or not isinstance(response, str):
             raise PromptFileError(f"{where}: needs a prompt and a response (or objective and assistant_response)")
         check_characters(prompt + response, "the text", where)

@@ -7,6 +7,7 @@ where it is asked for (`columns`, on the command line `--column category=type`).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -51,6 +52,11 @@ def fields_of(row: Any, where: str, chosen: Mapping[str, str] | None = None) -> 
         if name and name in fields:
             raise PromptFileError(f"{where}: {name} is there twice")
         fields[name] = value
+    if isinstance(fields.get("messages"), str) and fields["messages"].strip():  # in a table, as JSON
+        try:
+            fields["messages"] = json.loads(fields["messages"])
+        except json.JSONDecodeError:
+            raise PromptFileError(f"{where}: messages must be a JSON list") from None
     missing = [column for column in (chosen or {}).values() if column.strip().lower() not in fields]
     if missing:
         raise PromptFileError(f"{where}: no column {', '.join(missing)}; found {', '.join(map(str, row))}")
@@ -88,7 +94,7 @@ def checked_category(name: Any, where: str) -> str:
         raise PromptFileError(f"{where}: {error}") from None
 
 
-def said(value: Any, where: str, what: str = "prompt") -> tuple[str, tuple[dict[str, Any], ...], str]:
+def words_of(value: Any, where: str, what: str = "prompt") -> tuple[str, tuple[dict[str, Any], ...], str]:
     """Of a prompt that may be chat messages: the user's last words, the messages before them, the answer that follows, if any."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
@@ -142,7 +148,7 @@ def prompt_from_row(
     if split not in SPLITS:
         raise PromptFileError(f"{where}: split is {split!r}; use {', '.join(SPLITS)}")
     named = category if own is None else own
-    words, before, _ = said(text, where)
+    words, before, _ = words_of(text, where)
 
     def plain(role: str) -> str:
         value = first_filled(fields, names[role])
