@@ -136,6 +136,30 @@ def test_chat_reads_commands_and_answers_why(run: Run, bank: Path, monkeypatch: 
     assert "unknown category 'nonsense'" in err
 
 
+def test_a_spreadsheet_in_another_script_goes_from_fit_to_a_report(run: Run, folder: Path, tmp_path: Path) -> None:
+    table, bank, out = tmp_path / "表.csv", tmp_path / "bank.safetensors", tmp_path / "out"
+    things = ("vase", "door", "lamp", "chair")
+    lines = [f"How do I smash the {one};How do I mend the {one};数据1" for one in things]
+    lines += [f"Why deny the {one}?;Why admit the {one}?;武器1" for one in things]
+    table.write_text("\n".join(["问题;matched;type", *lines, ""]), encoding="utf-16")
+    columns = ["--column", "问题", "--column", "category=type"]
+    asked = ["--layers", 1, "--dose", 0.8, "--without-gate", "--no-check", "--json"]
+    status, printed, err = run("fit", folder / "model", "--out", bank, "--prompts", table, *columns, *asked)
+    assert status == 0, err
+    assert list(json.loads(printed)["categories"]) == ["数据1", "武器1"]
+    columns = ["--column", "问题"]
+    given = ["--prompts", table, *columns, "--steer", "武器1=0.5", "--max-new-tokens", 2, "--json"]
+    status, printed, err = run("generate", bank, *given)
+    assert status == 0, err
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert {one["category"] for row in rows for one in row["steering"]["acting"]} == {"武器1"} and len(rows) == 8
+    given = ["--suite", f"jsonl={table}", *columns, "--column", "category=type", "--judge", "rules", "--no-controls"]
+    status, printed, err = run("evaluate", bank, *given, "--max-new-tokens", 2, "--out", out, "--json")
+    assert status == 0, err
+    assert {record["category"] for record in json.loads(printed)["records"]} == {"all", "数据1", "武器1"}
+    assert "数据1" in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_doctor_proves_the_sites(run: Run, folder: Path) -> None:
     status, out, _ = run("doctor", folder / "model", "--json")
     data = json.loads(out)
