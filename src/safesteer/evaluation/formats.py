@@ -18,6 +18,7 @@ Fields = dict[str, Any]
 FILE = "(file)"  # a column that every row has: the name of its file without endings, or of its split
 LABEL = "(label)"  # a column that every row has: its label, or the empty string
 OWN = "jsonl"
+SALAD = ("3-category", "2-category", "1-category", "categories")  # the finest first
 
 
 def _always(fields: Fields, where: str) -> bool:
@@ -87,8 +88,11 @@ def _sorry(plain: bool) -> Callable[[Fields, str], Fields | None]:
 
 def _salad(fields: Fields, where: str) -> Fields:
     """`O1: Some Harms` is Some Harms."""
-    columns = [f"{level}-category" for level in (1, 2, 3)]
-    return fields | {name: re.sub(r"^O\d+:\s*", "", str(fields[name])) for name in columns if fields.get(name)}
+
+    def named(value: Any) -> Any:
+        return [named(one) for one in value] if isinstance(value, list) else re.sub(r"^O\d+:\s*", "", str(value))
+
+    return fields | {column: named(fields[column]) for column in SALAD if fields.get(column)}
 
 
 def _jailbreakbench(fields: Fields, where: str) -> bool:
@@ -100,11 +104,12 @@ class Format:
     """How a benchmark is published.
 
     `prompt`: columns of which the first that holds something counts. `label`: columns whose texts (one, a list, or the
-    flags that are true) name the category; the first that the taxonomy knows counts, else the first, and `FILE` or
-    `=text` where none is filled. One of each, and all of `required`, must be there. The values of `identifier` columns,
-    where present, are joined by `-`. `context` is put before the prompt. `cluster`: what rows made from one prompt have
-    in common. `prepare` may rewrite a row or drop it (None). `files` is the pattern of the file names to take from a
-    folder or zip; `keyed`: see `prompts.files.rows_of_bytes`; `parts`: the formats that make up this one.
+    flags that are true) name the category; the first that the taxonomy knows counts (`aliases`: the first that is
+    filled), else the first, and `FILE` or `=text` where none is filled. One of each, and all of `required`, must be
+    there. The values of `identifier` columns, where present, are joined by `-`. `context` (the first column that is
+    filled) is put before the prompt. `cluster`: what rows made from one prompt have in common. `prepare` may rewrite a
+    row or drop it (None). `files` is the pattern of the file names to take from a folder or zip; `keyed`: see
+    `prompts.files.rows_of_bytes`; `parts`: the formats that make up this one.
     """
 
     description: str
@@ -112,7 +117,8 @@ class Format:
     label: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     identifier: tuple[str, ...] = ()
-    context: str = ""
+    aliases: bool = False
+    context: tuple[str, ...] = ()
     reference: str = ""
     wrapper: str = ""
     cluster: str = ""
@@ -125,7 +131,6 @@ class Format:
 
 
 TRUSTLLM = ("type", "label.second_class", "label.first_class", "label", FILE)
-SALAD = ("3-category", "2-category", "1-category", "categories")
 
 FORMATS: dict[str, Format] = {
     "catqa": Format(
@@ -165,7 +170,7 @@ FORMATS: dict[str, Format] = {
     "harmbench": Format(
         "HarmBench: harmful behaviours (CSV)",
         prompt=("Behavior", "prompt"), label=("SemanticCategory", "category"), identifier=("BehaviorID",),
-        context="ContextString",
+        context=("ContextString", "context"),
     ),
     "harmbench-completions": Format(
         "HarmBench test cases or completions: attacks by behaviour (JSON)",
@@ -245,7 +250,7 @@ FORMATS: dict[str, Format] = {
     ),
     OWN: Format(
         "your own file of prompts: prompt, and perhaps category (none: harmless), reference, id, cluster",
-        prompt=ROLES["prompt"], label=(*ROLES["category"], "="), identifier=ROLES["id"], reference="reference",
-        cluster="cluster",        harmful=_has_label,
+        prompt=ROLES["prompt"], label=(*ROLES["category"], "="), aliases=True, identifier=ROLES["id"],
+        reference="reference", cluster="cluster", harmful=_has_label,
     ),
 }  # fmt: skip

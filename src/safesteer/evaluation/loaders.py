@@ -195,7 +195,7 @@ def _suite_row(form: Format, raw: Any, fields: Fields, where: str, prefix: str) 
     filled = next((one for one in form.prompt if fields.get(one.lower()) not in (None, "")), form.prompt[0])
     prompt, before, answer = words_of(fields.get(filled.lower()), where, filled)
     check_alone(before, where)
-    context = _text(fields, form.context, where)
+    context = next(filter(None, (_text(fields, column, where) for column in form.context)), "")
     known = taxonomy.find(label)
     own = [_text(fields, column, where) for column in form.identifier]
     line = where.rpartition(" ")[2]  # `where` ends in the number of the line, item or row
@@ -234,4 +234,6 @@ def _label(form: Format, fields: Fields, where: str) -> str:
             named = named or [fields[FILE] if column == FILE else column[1:]]
         elif value not in (None, "", []):
             named += [checked_text(one, column, where) for one in (value if isinstance(value, list) else [value])]
+        if named and form.aliases:
+            return named[0]
     return next((one for one in named if taxonomy.find(one)), named[0] if named else "")

@@ -95,17 +95,15 @@ def checked_category(name: Any, where: str) -> str:
 
 
 def words_of(value: Any, where: str, what: str = "prompt") -> tuple[str, tuple[dict[str, Any], ...], str]:
-    """Of a prompt that may be chat messages: the user's last words, the messages before them, the answer that follows, if any."""
+    """Of a prompt that may be chat messages: the user's last words, the messages before them, and an answer that follows."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
     if not isinstance(value, list):
         return checked_text(value, what, where), (), ""
-    messages = [
-        {key: part for key, part in one.items() if part is not None}  # a column of structs names every key in every row
-        if isinstance(one, dict) and isinstance(one.get("role"), str)
-        else _no_message(where)
-        for one in value
-    ]
+    if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in value):
+        raise PromptFileError(f'{where}: messages must be a list of {{"role": "user", "content": "..."}}')
+    # A column of structs names every key in every row.
+    messages = [{key: part for key, part in one.items() if part is not None} for one in value]
     answer = _words(messages.pop(), where) if messages and messages[-1]["role"] == "assistant" else ""
     if not messages or messages[-1]["role"] != "user":
         raise PromptFileError(f"{where}: messages must end with one of the user, or with one answer to it")
@@ -118,10 +116,6 @@ def check_alone(before: Sequence[Any], where: str) -> None:
         raise PromptFileError(
             f"{where}: a conversation of {len(before) + 1} messages; `generate` takes those, here a prompt is one message"
         )
-
-
-def _no_message(where: str) -> Any:
-    raise PromptFileError(f'{where}: messages must be a list of {{"role": "user", "content": "..."}}')
 
 
 def _words(message: Mapping[str, Any], where: str) -> str:
