@@ -15,4 +15,4 @@ def suites(json: options.AsJson = False) -> None:
         print_json(names)
         return
     for name, what in names.items():
-        out.print(f"[bold]{name:22}[/bold] {what}")
+        out.print(f"[bold]{name:24}[/bold] {what}")
