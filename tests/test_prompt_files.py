@@ -289,3 +289,22 @@ def test_a_hub_set_that_does_not_load_says_how_it_is_named(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=refuse))
     with pytest.raises(SafeSteerError, match=r"as hf:owner/name\[:configuration\]\[:split\] \(Unknown split\)"):
         read_prompts("hf:me/set")
+
+
+def test_the_real_library_loads_a_slice_of_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = "".join(
+        f"- config_name: {name}\n  data_files:\n  - {{split: {split}, path: {name}.jsonl}}\n"
+        for name, split in (("small", "test"), ("chats", "train"))
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n", encoding="utf-8")
+    rows = [{"Text": f"prompt {number}", "type": "hate"} for number in range(9)]
+    chats = [{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So.", "name": "x"}]}]
+    for name, some in (("small", rows), ("chats", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in some), encoding="utf-8")
+    found = read_prompts(f"hf:{tmp_path}:small:test[2:4]", columns={"prompt": "Text", "category": "type"})
+    assert [(one.text, one.category) for one in found] == [("prompt 2", "hate"), ("prompt 3", "hate")]
+    assert read_prompts(f"hf:{tmp_path}:chats:").texts == ["Why?"]
+    with pytest.raises(PromptFileError, match=r"Config name is missing.*\['small', 'chats'\]"):
+        read_prompts(f"hf:{tmp_path}")

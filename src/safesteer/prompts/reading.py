@@ -181,8 +181,9 @@ def hub_rows(identifier: str, configuration: str | None = None) -> Rows:
     try:
         data = datasets.load_dataset(name, own or configuration, split=split)
     except Exception as error:
+        why = " ".join(str(error).split())
         raise PromptFileError(
-            f"{identifier} could not be loaded from the hub as hf:owner/name[:configuration][:split] ({error})"
+            f"{identifier} could not be loaded from the hub as hf:owner/name[:configuration][:split] ({why})"
         ) from error
     for number, row in enumerate(data, 1):
         yield f"{identifier}, row {number}", dict(row)
