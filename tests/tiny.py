@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from safesteer.models import LoadedModel
+from safesteer.models.loading import model_class
 from safesteer.prompts import Prompt, PromptSet
 from safesteer.vectors import VectorBank, fit
 from safesteer.vectors.fitting import FitSettings
@@ -85,17 +86,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def make(architecture: str = "llama", **changes: Any) -> LoadedModel:
-    """A tiny model with fixed random weights, large enough that nothing it computes is nearly zero."""
+def model_of(architecture: str | t.PreTrainedConfig = "llama", **changes: Any) -> Any:
+    """A tiny model with fixed random weights, large enough that nothing it computes is nearly zero.
+
+    `architecture`: one of `ARCHITECTURES`, or a configuration (see `tests.architectures`).
+    """
     torch.manual_seed(1)
-    config = CONFIGS[architecture]()
+    config = CONFIGS[architecture]() if isinstance(architecture, str) else architecture
     for name, value in changes.items():
         setattr(config, name, value)
-    model = t.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = model_class(config).from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    return LoadedModel.wrap(model, tokenizer(), f"tiny-{architecture}")
+    return model
+
+
+def make(architecture: str | t.PreTrainedConfig = "llama", **changes: Any) -> LoadedModel:
+    """`model_of`, with a tokenizer."""
+    name = architecture if isinstance(architecture, str) else architecture.model_type
+    return LoadedModel.wrap(model_of(architecture, **changes), tokenizer(), f"tiny-{name}")
 
 
 def prompts() -> PromptSet:

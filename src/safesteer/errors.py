@@ -20,7 +20,7 @@ class UnknownCategoryError(SafeSteerError):
 
 
 class UnsupportedModelError(SafeSteerError):
-    """The decoder blocks or a site of a model were not found; names what was not found."""
+    """A model, or a site of it, cannot be steered rightly; says why."""
 
 
 class BankError(SafeSteerError):

@@ -13,7 +13,8 @@ and, where a policy acts on risk neurons, neuron j of the row's own going the sh
 0 padding, 1 prompt, 2 last prompt token, 3 generated.
 
 Everything is held by the `Hooks` object and taken off again by `remove`: no class attributes, no patched classes.
-If the hooks of a steered forward pass did not all run, the pass fails: an answer is never silently unsteered.
+If the hooks of a steered forward pass did not all run, or it does not show where its tokens stand, the pass fails: an answer is
+never silently unsteered.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from safesteer.engines.caches import CACHE_NAMES, cache_of, tokens_in
 from safesteer.errors import SteeringError
 from safesteer.models.layout import ModelLayout, Site, hidden_of, with_hidden
 from safesteer.policy import Plan, Pull
@@ -100,12 +102,18 @@ class Hooks:
         self._rows: torch.Tensor | None = None
         self._prompt_width: int | None = None
         self._fixed_width = False
+        self._passed: int | None = None  # tokens of the present request that passed
+        self.given: dict[str, Any] = {}
+        """What the model was called with, where it holds the decoder and calls it in other words (embeddings, 4-D masks)."""
         self._reached: dict[int | str, bool] = {}
         self._handles: list[Any] = []
 
     def install(self) -> None:
         """Put the hooks on; `remove` takes them off."""
         decoder = self.layout.decoder
+        for module in self.layout.around:
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         self._handles.append(decoder.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(decoder.register_forward_hook(self._after))
         for layer in range(self.layout.depth):
@@ -150,35 +158,57 @@ class Hooks:
         """The padded width of the prompts of the next forward passes; None: the first pass of each tells."""
         self._prompt_width = prompt_width
         self._fixed_width = prompt_width is not None
+        self._passed = None
+
+    def _enter(self, _module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Keep token ids and 2-D mask as the outermost module was given them."""
+        if not self.given:
+            ids, mask = keywords.get("input_ids", arguments[0] if arguments else None), keywords.get("attention_mask")
+            self.given = {"input_ids": ids, "attention_mask": mask}
+
+    def _leave(self, _module: Any, _arguments: Any, _output: Any) -> None:
+        self.given = {}
+
+    def inputs(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any, torch.Tensor]:
+        """Of a pass of the decoder: token ids and 2-D mask (None where they are not known), and ids or embeddings."""
+        own = keywords.get("input_ids", arguments[0] if arguments else None)
+        tokens = own if own is not None else keywords.get("inputs_embeds")
+        if not isinstance(tokens, torch.Tensor):
+            raise SteeringError("the decoder was called without input_ids and inputs_embeds; steering cannot follow")
+        ids = own if own is not None else self.given.get("input_ids")
+        if ids is not None and ids.shape != tokens.shape[:2]:
+            ids = None
+        masks = (keywords.get("attention_mask"), self.given.get("attention_mask"))
+        mask = next((one for one in masks if isinstance(one, torch.Tensor) and one.dim() == 2), None)
+        return ids, mask, tokens
 
     def _before(self, _module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Before each pass of the decoder: work out the kind of every token."""
         self._kinds = None
         if not self.steers:
             return
-        inputs = keywords.get("input_ids")
-        if inputs is None:
-            inputs = keywords.get("inputs_embeds")
-        if inputs is None and arguments:
-            inputs = arguments[0]
-        if not isinstance(inputs, torch.Tensor):
-            raise SteeringError("the decoder was called without input_ids and inputs_embeds; steering cannot follow")
-        batch, count = inputs.shape[0], inputs.shape[1]
-        rows = self._rows_given
+        _, mask, tokens = self.inputs(arguments, keywords)
+        batch, count, rows = tokens.shape[0], tokens.shape[1], self._rows_given
         if batch % rows:
             raise SteeringError(f"the batch has {batch} rows but {rows} policies were given; give one policy a row")
-        cache = keywords.get("past_key_values")
-        first = int(cache.get_seq_length()) if cache is not None else 0
+        cache = cache_of(keywords)
+        held = tokens_in(cache)
+        first = self._passed if held is None else held
         if not self._fixed_width and first == 0:
             self._prompt_width = count
-        if self._prompt_width is None:
+        if self._prompt_width is None or first is None:
             raise SteeringError("the KV cache was filled before steering began; enter the context before the prefill")
-        mask = keywords.get("attention_mask")
-        if not (isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= first + count):
+        if cache is None and count < (self._prompt_width if self._fixed_width else 2):
+            raise SteeringError(
+                f"a pass of {count} token{'s' * (count != 1)} came without a cache that is known ({', '.join(CACHE_NAMES)}), "
+                "so where they stand is not; pass the whole text"
+            )
+        self._passed = first + count
+        if mask is not None and mask.shape[1] < first + count:
             mask = None
-        self._kinds = token_kinds(mask, first, count, self._prompt_width, batch).to(inputs.device)
+        self._kinds = token_kinds(mask, first, count, self._prompt_width, batch).to(tokens.device)
         # Beams and several returned sequences repeat each row in place, so row i belongs to request i // repeats.
-        self._rows = torch.arange(batch, device=inputs.device) // (batch // rows)
+        self._rows = torch.arange(batch, device=tokens.device) // (batch // rows)
         self._reached = dict.fromkeys(self._deltas, False) | dict.fromkeys(map(_neurons_of, self._pulls), False)
 
     def _block_hook(self, layer: int) -> Any:

@@ -11,13 +11,14 @@ get exactly what the unsteered model computes; rows whose gates open are steered
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from safesteer.activations import pad, run_until
+from safesteer.engines.caches import cache_of, tokens_in
 from safesteer.engines.steering import Hooks
 from safesteer.errors import SteeringError
 from safesteer.models import EncodedPrompt, LoadedModel
@@ -50,12 +51,12 @@ class Steerer:
         self._policies: tuple[Policy, ...] = ()
         self._hooks = Hooks(loaded.layout, bank.site, neurons=bank.neurons is not None)
         self._markers = turn_markers(loaded.tokenizer) if bank.gate is not None else TurnMarkers()
-        self._cached: int | None = None  # tokens a KV cache must hold to continue the present request; None: no request
-        self._cache: Any = None  # weak reference to that cache, once it was seen
+        self._cached: int | None = None  # tokens a cache must hold to continue the present request; None: no request
+        self._cache: Callable[[], Any] | None = None  # gives that cache, once it was seen
         self._own_generate: Any = None  # a `generate` that stood on the model's instance before ours
         self._inside_generate = False
         self._reading = False
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self.assign(policy)
 
     def assign(self, policy: Policy | Sequence[Policy] | None) -> None:
@@ -148,7 +149,7 @@ class Steerer:
             if embeds is not None:
                 width = embeds.shape[1]
             self._prepare(input_ids, mask)
-            if _filled(keywords.get("past_key_values")) and self._hooks.steers:
+            if tokens_in(cache_of(keywords)) != 0 and self._hooks.steers:
                 raise SteeringError(
                     "generate was given a filled KV cache, whose tokens cannot be steered; pass the prompt alone"
                 )
@@ -162,7 +163,9 @@ class Steerer:
                 self._hooks.begin_request(None)
 
         try:
-            self._handle = self.loaded.layout.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            decoder = self.loaded.layout.decoder
+            self._handles.append(decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+            self._handles.append(decoder.register_forward_hook(self._after_forward))
             self._hooks.install()
             self._own_generate = model.__dict__.get("generate")
             object.__setattr__(model, "generate", generate)
@@ -179,9 +182,9 @@ class Steerer:
 
     def _restore(self) -> None:
         self._hooks.remove()
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         for name in ("generate", _MARK):
             self.loaded.model.__dict__.pop(name, None)
         if self._own_generate is not None:
@@ -202,36 +205,35 @@ class Steerer:
         """A forward pass outside `generate`: with an empty cache a new request, else the next token of the present one."""
         if self._inside_generate or self._reading:
             return
-        input_ids = keywords.get("input_ids", arguments[0] if arguments else None)
-        tokens = input_ids if input_ids is not None else keywords.get("inputs_embeds")
-        count = tokens.shape[1] if isinstance(tokens, torch.Tensor) else 0
-        cache = keywords.get("past_key_values")
-        if _filled(cache):
+        input_ids, mask, tokens = self._hooks.inputs(arguments, keywords)
+        count = tokens.shape[1]
+        cache = cache_of(keywords)
+        if tokens_in(cache) != 0:
             self._continue(cache, count)
             return
-        mask = keywords.get("attention_mask")
-        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
-            if any(policy.gated for policy in self._policies):
-                raise SteeringError("a gated policy needs a 2-D attention mask to find the end of each prompt")
-            mask = None
-        self._prepare(input_ids if isinstance(input_ids, torch.Tensor) else None, mask)
+        if mask is None and keywords.get("attention_mask") is not None and any(one.gated for one in self._policies):
+            raise SteeringError("a gated policy needs a 2-D attention mask to find the end of each prompt")
+        self._prepare(input_ids, mask)
         self._cached, self._cache = count, None
+
+    def _after_forward(self, _module: Any, _arguments: Any, output: Any) -> None:
+        """Remember the cache of the present request."""
+        if self._cached is not None and not self._inside_generate and not self._reading and isinstance(output, Mapping):
+            cache = cache_of(output)
+            try:
+                self._cache = weakref.ref(cache)
+            except TypeError:  # RWKV's is a list; no cache at all is None
+                self._cache = lambda: cache
 
     def _continue(self, cache: Any, count: int) -> None:
         """Check that a pass with a filled cache goes on with the request that was read, one token a row."""
         if not any(how.strength for policy in self._policies for how in policy.categories.values()):
             return
         known = self._cache() if self._cache is not None else cache
-        if self._cached is None or known is not cache or int(cache.get_seq_length()) != self._cached:
+        if self._cached is None or known is not cache or tokens_in(cache) not in (self._cached, None):
             raise SteeringError("the KV cache was filled before steering began; enter the context before the prefill")
         if count != 1:
             raise SteeringError(
                 "several tokens came with a filled KV cache, unread; use generate, or prefill in one pass"
             )
-        self._cache = weakref.ref(cache)
         self._cached += count
-
-
-def _filled(cache: Any) -> bool:
-    """Whether a KV cache holds tokens already."""
-    return cache is not None and int(cache.get_seq_length()) > 0

@@ -19,7 +19,7 @@ from safesteer.errors import SafeSteerError
 from safesteer.models.chat import template_digest
 from safesteer.models.embedded import embedded_source
 from safesteer.models.fingerprint import Fingerprint, compared, sampled
-from safesteer.models.loading import EMBEDDED, quiet_transformers
+from safesteer.models.loading import EMBEDDED, model_class, quiet_transformers
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 
@@ -85,11 +85,9 @@ class ModelFiles:
 
     def _outline(self) -> Any:
         """The model without its weights."""
-        from transformers import AutoModelForCausalLM
-
         try:
             with quiet_transformers(), torch.device("meta"):
-                return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
+                return model_class(self.config).from_config(self.config, trust_remote_code=self.trust_remote_code)
         except (ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise SafeSteerError(f"the model {self.name!r} could not be outlined: {reason}") from error

@@ -10,7 +10,8 @@ A layout names, for each block `l` of a model, the module whose output is read a
     routers[l]    in a mixture of experts, whose neurons cannot be told apart: what chooses among the experts
 
 Nothing is assumed about names beyond "attn", "attention", "mlp", ...: blocks are found as the module list as long as
-the configuration says the model is deep; `safesteer.models.selftest` proves by numbers what was found.
+the configuration says the model is deep. `check_blocks` proves that they carry one residual stream, once a pass and causally;
+`safesteer.models.selftest` proves by numbers that steering reaches them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ Site = Literal["residual", "attention", "mlp"]
 SITES: tuple[Site, ...] = get_args(Site)
 
 _ATTENTION = re.compile(r"attn|attention|mixer", re.IGNORECASE)
+_MIXER = re.compile(r"mamba|conv", re.IGNORECASE)  # what stands in attention's place in hybrid models
 _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|experts|^fc2$", re.IGNORECASE)
 _EXPERTS = re.compile(r"experts|moe|router", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|\.)(gate|router(\.layer)?)$")
@@ -39,8 +41,9 @@ _NOT_A_SITE = re.compile(r"norm|dropout", re.IGNORECASE)
 class ModelLayout:
     """The decoder, its blocks in order, and the module of each site (empty tuple: the site was not found).
 
-    `decoder` is the innermost module that holds the blocks and receives `attention_mask` and `past_key_values`. A block that
-    another stage of a pipeline holds is an `nn.Identity`, in every site.
+    `decoder` is the innermost module that holds the blocks and receives `attention_mask` and `past_key_values`; `around` are the
+    modules that hold it, the model first: a multimodal model gives its decoder embeddings, not token ids. A block that another
+    stage of a pipeline holds is an `nn.Identity`, in every site.
     """
 
     decoder: nn.Module
@@ -50,6 +53,7 @@ class ModelLayout:
     width: int
     neurons: tuple[nn.Module, ...] = ()
     routers: tuple[nn.Module, ...] = ()
+    around: tuple[nn.Module, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -120,6 +124,11 @@ def text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def encoder_decoder(kind: str) -> str:
+    """The sentence that refuses one."""
+    return f"{kind} is an encoder-decoder model; SafeSteer steers decoder-only models"
+
+
 def find_layout(model: Any) -> ModelLayout:
     """Find blocks and sites of a causal language model.
 
@@ -130,19 +139,83 @@ def find_layout(model: Any) -> ModelLayout:
     depth = getattr(config, "num_hidden_layers", None)
     width = getattr(config, "hidden_size", None)
     if getattr(config, "is_encoder_decoder", False) or getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{kind} is an encoder-decoder model; SafeSteer steers decoder-only models")
+        raise UnsupportedModelError(encoder_decoder(kind))
     if not isinstance(depth, int) or not isinstance(width, int):
         raise UnsupportedModelError(f"the configuration of {kind} names no num_hidden_layers and hidden_size")
     root: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for start in (root, model):
-        for parent in start.modules():
-            for child in parent.children():
-                if isinstance(child, nn.ModuleList) and len(child) == depth and _looks_like_blocks(child):
-                    blocks = tuple(child)
-                    mlp = _site(blocks, _MLP)
-                    attention, neurons = _site(blocks, _ATTENTION), _projections(mlp, width)
-                    return ModelLayout(parent, blocks, attention, mlp, width, neurons, _routers(mlp, width))
-    raise UnsupportedModelError(f"no list of {depth} decoder blocks was found in {kind}")
+    lists = {
+        start: [
+            (parent, child)
+            for parent in start.modules()
+            for child in parent.children()
+            if isinstance(child, nn.ModuleList) and _looks_like_blocks(child)
+        ]
+        for start in (root, model)
+    }
+    fitting = [one for found in lists.values() for one in found if len(one[1]) == depth]
+    if not fitting and len(lists[root]) == 1:  # LongCat counts the two halves of each of its blocks
+        fitting = lists[root]
+    if not fitting:
+        raise UnsupportedModelError(f"no list of {depth} decoder blocks was found in {kind}")
+    parent, child = fitting[0]
+    blocks = tuple(child)
+    mlp = _site(blocks, _MLP)
+    return ModelLayout(
+        parent, blocks, _site(blocks, _ATTENTION, _MIXER), mlp, width, _projections(mlp, width), _routers(mlp, width),
+        tuple(module for module in model.modules() if module is not parent and parent in set(module.modules())),
+    )  # fmt: skip
+
+
+PROBE, SHORT = 8, 6  # tokens of a text, and of its beginning
+ALIKE = 0.1  # relative difference of two readings of one beginning: rounding stays far below, another reading far above
+
+
+@torch.inference_mode()
+def check_blocks(model: Any, layout: ModelLayout) -> None:
+    """Run a short text, and its beginning through the decoder alone: is the residual stream what steering takes it for?
+
+    Raises `UnsupportedModelError` where the model does not run on text alone, runs a block more than once a token, carries
+    several residual streams, or reads a beginning otherwise when more follows.
+    """
+    kind = type(model).__name__
+    seen: list[list[torch.Tensor]] = [[] for _ in layout.blocks]
+
+    def keep(layer: int) -> Any:
+        return lambda _module, _arguments, output: seen[layer].append(hidden_of(output))
+
+    handles = [block.register_forward_hook(keep(layer)) for layer, block in enumerate(layout.blocks)]
+    try:
+        embeddings = model.get_input_embeddings().weight
+        ids = (torch.arange(PROBE, device=embeddings.device) * 7919 % max(2, embeddings.shape[0] - 1)).unsqueeze(0)
+        model(input_ids=ids, use_cache=False)
+        for states in seen:
+            if len(states) != 1:
+                times = "not at all" if not states else f"{len(states)} times a token"
+                raise UnsupportedModelError(
+                    f"{kind} runs its blocks {times}; SafeSteer steers models that run each once"
+                )
+            shape = tuple(states[0].shape)
+            if shape != (1, PROBE, layout.width):
+                raise UnsupportedModelError(
+                    f"the blocks of {kind} put out {list(shape)} for {PROBE} tokens of width {layout.width}, several residual "
+                    "streams instead of one; SafeSteer steers models with one residual stream"
+                )
+        whole = seen[-1].pop()[0, :SHORT].float()
+        layout.decoder(input_ids=ids[:, :SHORT], use_cache=False)
+        alone = seen[-1].pop()[0].float()
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # of the model's own code
+        raise UnsupportedModelError(
+            f"{kind} does not run on text alone: {' '.join(str(error).split())[:200]}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if float(((whole - alone).norm(dim=-1) / whole.norm(dim=-1).clamp_min(1e-9)).median()) > ALIKE:
+        raise UnsupportedModelError(
+            f"{kind} reads the beginning of a text otherwise when more follows; SafeSteer steers causal decoders"
+        )
 
 
 def _elsewhere(block: nn.Module) -> bool:
@@ -150,11 +223,11 @@ def _elsewhere(block: nn.Module) -> bool:
 
 
 def _looks_like_blocks(candidates: nn.ModuleList) -> bool:
-    """Blocks hold submodules with an attention among them; a list of norms or embeddings does not."""
-    here = [block for block in candidates if not _elsewhere(block)]
-    return bool(here) and all(
-        any(_ATTENTION.search(f"{n} {type(m).__name__}") for n, m in block.named_children()) for block in here
-    )
+    """Blocks hold submodules, with an attention among them in at least one; a list of norms or embeddings does not."""
+    here = [
+        [f"{n} {type(m).__name__}" for n, m in block.named_children()] for block in candidates if not _elsewhere(block)
+    ]
+    return all(here) and any(_ATTENTION.search(name) for names in here for name in names)
 
 
 def _projections(mlp: tuple[nn.Module, ...], width: int) -> tuple[nn.Module, ...]:
@@ -183,18 +256,20 @@ def _routers(mlp: tuple[nn.Module, ...], width: int) -> tuple[nn.Module, ...]:
     return tuple(found)
 
 
-def _site(blocks: tuple[nn.Module, ...], pattern: re.Pattern[str]) -> tuple[nn.Module, ...]:
+def _site(blocks: tuple[nn.Module, ...], *patterns: re.Pattern[str]) -> tuple[nn.Module, ...]:
+    """In each block, the one child whose name the first pattern that fits any finds; none where a block has several."""
     found: list[nn.Module] = []
     for block in blocks:
         if _elsewhere(block):
             found.append(block)
             continue
-        matches = [
-            module
+        children = [
+            (name, module)
             for name, module in block.named_children()
-            if pattern.search(name) and not _NOT_A_SITE.search(f"{name} {type(module).__name__}")
+            if not _NOT_A_SITE.search(f"{name} {type(module).__name__}")
         ]
-        if len(matches) != 1:
+        matches = next((m for p in patterns if (m := [module for name, module in children if p.search(name)])), [])
+        if len(matches) != 1 or isinstance(matches[0], nn.ModuleList):
             return ()
         found.append(matches[0])
     return tuple(found)

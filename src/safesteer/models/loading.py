@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, UnsupportedModelError
 from safesteer.models.decoding import ExplicitConfig
 from safesteer.models.embedded import embedded_source
-from safesteer.models.layout import ModelLayout, find_layout
+from safesteer.models.layout import ModelLayout, check_blocks, encoder_decoder, find_layout
 
 EMBEDDED = "embedded"
 Quantization = Literal["4bit", "8bit"]
@@ -74,9 +74,11 @@ class LoadedModel:
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, name: str | None = None, revision: str | None = None) -> LoadedModel:
-        """Wrap a model and a tokenizer that you loaded yourself."""
+        """Wrap a model and a tokenizer that you loaded yourself. Raises `UnsupportedModelError` as `load_model` does."""
         label = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        return cls(model.eval(), tokenizer, find_layout(model), label, revision)
+        layout = find_layout(model.eval())
+        check_blocks(model, layout)
+        return cls(model, tokenizer, layout, label, revision)
 
 
 def default_device() -> str:
@@ -120,9 +122,9 @@ def load_model(
 
     `dtype`: `float32`, `bfloat16`, `float16`, or None for float32 on a CPU and the checkpoint's own type elsewhere.
     `device` and `device_map` exclude each other; `quantization` (`4bit`, `8bit`) needs bitsandbytes.
-    Raises `SafeSteerError` if the model cannot be loaded, `UnsupportedModelError` if its blocks are not found.
+    Raises `SafeSteerError` if the model cannot be loaded, `UnsupportedModelError` if it cannot be steered.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     if dtype is not None and dtype not in DTYPES:
         raise SafeSteerError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
@@ -146,7 +148,8 @@ def load_model(
         progress(f"Loading {name}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, **arguments)
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+            model = model_class(config).from_pretrained(source, dtype=chosen, **arguments)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             reason = reason if len(reason) <= 300 else reason[:297] + "..."
@@ -157,6 +160,26 @@ def load_model(
             except (RuntimeError, AssertionError) as error:
                 raise SafeSteerError(f"the model does not go onto the device {where!r}: {error}") from error
     return LoadedModel.wrap(model, tokenizer, name, revision)
+
+
+def model_class(config: Any) -> Any:
+    """The class of transformers that loads a checkpoint: for a multimodal one the whole, whose text decoder is steered.
+
+    Raises `UnsupportedModelError` for an encoder-decoder, half of which transformers would load.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(encoder_decoder(config.model_type))
+    whole = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    named = set(config.architectures or ()) & set([whole] if isinstance(whole, str) else whole)
+    if whole and (named or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
 
 
 def _quantization_config(quantization: Quantization) -> Any:
