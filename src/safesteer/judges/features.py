@@ -21,7 +21,7 @@ from safesteer.judges.base import Exchange
 from safesteer.judges.detectors import compression, degeneration, distinct, refusal, repetition, wordless
 from safesteer.judges.relevance import Embedder
 from safesteer.models import EncodedPrompt, LoadedModel
-from safesteer.models.chat import token_span
+from safesteer.models.chat import encode_messages
 
 LAYERS = (15, 18, 22)
 PROMPT_CHARACTERS, RESPONSE_CHARACTERS = 1200, 1500
@@ -66,12 +66,8 @@ def _encode(tokenizer: Any, exchange: Exchange) -> EncodedPrompt:
         {"role": "user", "content": prompt},
         {"role": "assistant", "content": response},
     ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    start = text.find(response, text.find(prompt) + len(prompt)) if response else -1
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = tuple(encoded["input_ids"])
-    span = token_span(encoded["offset_mapping"], start, start + len(response)) if start >= 0 else None
-    return EncodedPrompt(ids, *(span or (len(ids) - 1, len(ids))))
+    found = encode_messages(tokenizer, messages, generation_prompt=False)
+    return EncodedPrompt(found.ids, *(found.spans[-1] or (len(found) - 1, len(found))))
 
 
 def reading(

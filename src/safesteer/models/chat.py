@@ -1,8 +1,6 @@
-"""From a prompt to token ids, and back to which of them are the user's own words.
+"""From a conversation to token ids, and back to which of them each message wrote.
 
-    rendered = template prefix + content + template suffix (with the generation prompt)
-
-The content span leaves out BOS and template tokens, whose activations are large and say nothing of the prompt.
+Spans leave out BOS and template tokens, whose activations are large and say nothing of the prompt.
 """
 
 from __future__ import annotations
@@ -13,78 +11,65 @@ from dataclasses import dataclass
 from typing import Any
 
 from safesteer.errors import SafeSteerError
+from safesteer.models.messages import Conversation, Message, messages_of
+from safesteer.models.template import Span, render
+from safesteer.models.tokens import tokens_of, trimmed
 
-Message = dict[str, str]
-Conversation = str | Sequence[Message]
 MARKER_TOKENS = 6
+INSTRUCTIONS = ("system", "developer")
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids of a rendered prompt; tokens `content_start` to `content_end` (exclusive) are the user's last words."""
+    """Token ids of a rendered prompt; tokens `content_start` to `content_end` (exclusive) are the user's last words.
+
+    `spans`: the same of each message (None: it says nothing, or the template wrote something else).
+    """
 
     ids: tuple[int, ...]
     content_start: int
     content_end: int
+    spans: tuple[Span | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def messages_of(conversation: Conversation, system: str | None = None) -> list[Message]:
-    """A list of chat messages; a plain string is one user message."""
-    messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
-    if not messages or messages[-1].get("role") != "user":
-        raise SafeSteerError("a conversation must end with a message of the user")
-    for message in messages:
-        try:
-            message["content"].encode("utf-8")
-        except UnicodeEncodeError:
-            raise SafeSteerError("the prompt holds half a character (an unpaired surrogate); mend the text") from None
-    return [{"role": "system", "content": system}, *messages] if system else messages
-
-
-def render(tokenizer: Any, conversation: Conversation, system: str | None = None) -> str:
-    """The prompt as the model sees it; without a chat template, the plain text of the last message."""
-    messages = messages_of(conversation, system)
-    if not getattr(tokenizer, "chat_template", None):
-        return "\n\n".join(message["content"] for message in messages)
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # templates raise their own errors, in words of their own
-        if not system:
-            raise SafeSteerError(f"the chat template refuses this conversation: {error}") from error
-    # Some templates (Gemma's) know no system role: put those words before the user's.
-    first, *rest = messages[1:]
-    return render(tokenizer, [{**first, "content": f"{system}\n\n{first['content']}"}, *rest])
-
-
 def encode(tokenizer: Any, conversation: Conversation, system: str | None = None) -> EncodedPrompt:
-    """Token ids and content span of one prompt. The template brings its own BOS, so none is added twice."""
-    text = render(tokenizer, conversation, system)
-    content = messages_of(conversation)[-1]["content"].strip()
-    start = text.rfind(content)
-    if start < 0:  # a template that rewrites the content: count all of it
-        start, content = 0, text
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
-        ids = tuple(encoded["input_ids"])
-        span = token_span(encoded["offset_mapping"], start, start + len(content)) or (0, len(ids))
-    else:
-        ids = tuple(tokenizer(text, add_special_tokens=not templated)["input_ids"])
-        before = len(tokenizer(text[:start], add_special_tokens=not templated)["input_ids"])
-        after = len(tokenizer(text[start + len(content) :], add_special_tokens=False)["input_ids"])
-        span = (min(before, len(ids) - 1), max(len(ids) - after, before + 1))
+    """Token ids and spans of one prompt. The template brings its own BOS, so none is added twice.
+
+    `system`: a system message before the conversation; where the template knows none (Gemma's), its words go before the first
+    message's. Raises `SafeSteerError` for a conversation that cannot be written as it is.
+    """
+    try:
+        return encode_messages(tokenizer, messages_of(conversation, system))
+    except SafeSteerError:
+        if not system:
+            raise
+    first, *rest = messages_of(conversation)
+    own = first["content"] if isinstance(first["content"], str) else "\n".join(first["content"])
+    return encode_messages(tokenizer, [{**first, "content": f"{system}\n\n{own}"}, *rest], own=own)
+
+
+def encode_messages(
+    tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool = True, own: str | None = None
+) -> EncodedPrompt:
+    """The same for messages of `messages_of`; `own`: what alone counts of the first one's words, at their end."""
+    rendered = render(tokenizer, messages, generation_prompt=generation_prompt)
+    ids, find = tokens_of(tokenizer, messages, rendered)
     if not ids:
         raise SafeSteerError("the prompt has no tokens")
-    return EncodedPrompt(ids, *span)
-
-
-def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int] | None:
-    """The tokens (first, last exclusive) that reach into characters `start` to `end` (exclusive); None if none does."""
-    inside = [index for index, (left, right) in enumerate(offsets) if right > start and left < end and right > left]
-    return (inside[0], inside[-1] + 1) if inside else None
+    spans: list[Span | None] = []
+    for place, span in enumerate(rendered.spans):
+        if span is not None:
+            first, last = span
+            if own is not None and place == 0:
+                first = max(first, last - len(own))
+            first, last = trimmed(rendered.text, first, last)
+            span = find(first, last) if first < last else None
+        spans.append(span)
+    asked = [place for place, one in enumerate(messages) if one["role"] not in (*INSTRUCTIONS, "assistant")]
+    return EncodedPrompt(ids, *(spans[asked[-1]] if asked else None) or (0, len(ids)), tuple(spans))
 
 
 @dataclass(frozen=True)
