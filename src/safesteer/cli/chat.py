@@ -46,9 +46,11 @@ def chat(
     ] = False,
 ) -> None:
     """Chat with the steered model; type /help for the commands."""
-    from transformers import TextStreamer
-
+    from safesteer.cli.generate import shown, thought
     from safesteer.engines import GenerationSettings, Request, generate
+    from safesteer.engines.streaming import Spoken
+    from safesteer.models import encode
+    from safesteer.models.thoughts import Thoughts
     from safesteer.policy import Policy
 
     opened = options.open_bank(bank, unverified)
@@ -59,6 +61,16 @@ def chat(
     )  # fmt: skip
     opened.check(loaded, force)
     settings = GenerationSettings(max_new_tokens, temperature, seed, 1, recommended)
+    thoughts = Thoughts(loaded.tokenizer)
+
+    def say(text: str, is_thought: bool) -> None:
+        """The answer to standard output; what was thought before it, dim, to standard error."""
+        if is_thought:
+            err.print(text, style="dim", end="", markup=False)
+        else:
+            out.file.write(text)
+            out.file.flush()
+
     history: list[dict[str, str]] = []
     steering: dict[str, object] | None = None
     interactive = sys.stdin.isatty()
@@ -105,8 +117,8 @@ def chat(
             err.print(f"unknown command {escape(command)}; /help lists them")
         else:
             history.append({"role": "user", "content": line})
-            streamer = None if json else TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
             try:
+                streamer = None if json else Spoken(thoughts, encode(loaded.tokenizer, history), say)
                 [response] = generate(
                     loaded, opened, [Request(history, current)], settings, force=force, streamer=streamer
                 )
@@ -117,5 +129,10 @@ def chat(
             steering = response.steering
             history.append({"role": "assistant", "content": response.text})
             if json:
-                out.file.write(json_lines([{"prompt": line, "response": response.text, "steering": steering}]))
-                out.file.flush()
+                row = {"prompt": line, "response": response.text, **thought(response), "steering": steering}
+                out.file.write(json_lines([row]))
+            else:
+                out.file.write("\n" if response.answered else "")
+                if not response.answered:
+                    err.print(f"\n{shown('', response.thought)}", markup=False)
+            out.file.flush()

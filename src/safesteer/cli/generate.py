@@ -16,7 +16,7 @@ from safesteer.errors import PolicyError, PromptFileError, SafeSteerError
 from safesteer.files import check_writable
 
 if TYPE_CHECKING:
-    from safesteer.engines import GenerationSettings, Request
+    from safesteer.engines import GenerationSettings, Request, Response
     from safesteer.models import LoadedModel
     from safesteer.policy import Policy
     from safesteer.vectors import VectorBank
@@ -66,15 +66,25 @@ def respond(
         tick = counted(update, total)
         steered = generate_texts(loaded, bank, requests, settings, force=force, progress=tick)
         rows = [
-            {"prompt": request.prompt, "response": response.text, "steering": response.steering}
+            {"prompt": request.prompt, "response": response.text, **thought(response), "steering": response.steering}
             for request, response in zip(requests, steered, strict=True)
         ]
         if compare:
             plain = [replace(request, policy=Policy.off()) for request in requests]
             before = generate_texts(loaded, bank, plain, settings, force=force, progress=tick)
             for row, response in zip(rows, before, strict=True):
-                row["unsteered"] = response.text
+                row |= {"unsteered": response.text, **thought(response, "unsteered_thought")}
     return rows
+
+
+def thought(response: Response, key: str = "thought") -> dict[str, str]:
+    """What a reasoning model thought before its answer, where it did; an empty answer then says that it reached none."""
+    return {} if response.thought is None else {key: response.thought}
+
+
+def shown(text: str, thought: str | None) -> str:
+    """An answer for people; a thought that came to none is told."""
+    return text if text or thought is None else "(no answer was reached: all tokens went into the thought)"
 
 
 def acting_text(steering: dict[str, Any]) -> str:
@@ -153,6 +163,8 @@ def generate(
             asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
             out.print(f"[bold]{escape(asked)}[/bold]")
             if compare:
-                out.print(f"[dim]unsteered[/dim]  {escape(row['unsteered'])}")
-            out.print(f"[dim]steered[/dim]    {escape(row['response'])}")
+                out.print(f"[dim]unsteered[/dim]  {escape(shown(row['unsteered'], row.get('unsteered_thought')))}")
+            if "thought" in row:
+                out.print(f"[dim]thought    {escape(row['thought'])}[/dim]")
+            out.print(f"[dim]steered[/dim]    {escape(shown(row['response'], row.get('thought')))}")
             out.print(f"[dim]acted: {escape(acting_text(row['steering']))}[/dim]\n")

@@ -15,6 +15,7 @@ from safesteer.engines.transformers import Steerer
 from safesteer.errors import SafeSteerError
 from safesteer.models import Conversation, LoadedModel, encode
 from safesteer.models.decoding import Sampling, recommended
+from safesteer.models.thoughts import Said, Thoughts
 from safesteer.policy import Policy
 from safesteer.vectors import Reading, VectorBank
 
@@ -52,12 +53,22 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Response:
-    """What the model said, and what acted: `steering` is `Plan.to_json`."""
+    """What the model said, and what acted: `steering` is `Plan.to_json`.
+
+    `text` is the answer; `thought` is what a reasoning model thought before it (None: it did not), and not part of it. `tokens`
+    counts both.
+    """
 
     text: str
     steering: dict[str, Any]
     tokens: int
     seconds: float
+    thought: str | None = None
+
+    @property
+    def answered(self) -> bool:
+        """False where there is a thought and no answer after it: the limit of tokens was reached inside it, say."""
+        return Said(self.text, self.thought).answered
 
 
 def generate(
@@ -84,7 +95,7 @@ def generate(
     default = Policy.default(bank) if bank is not None else Policy.off()
     steerer = Steerer(loaded, bank, default, force=force) if bank is not None else None
     responses: dict[int, Response] = {}
-    stops = loaded.stop_ids
+    stops, thoughts = loaded.stop_ids, Thoughts(loaded.tokenizer)
     start = 0
     while start < len(order):
         batch = order[start : start + size]
@@ -118,8 +129,8 @@ def generate(
         for row, index in enumerate(batch):
             new = output[row, ids.shape[1] :].tolist()
             end = next((position for position, token in enumerate(new) if token in stops), len(new))
-            text = loaded.tokenizer.decode(new[:end], skip_special_tokens=True).strip()
-            responses[index] = Response(text, records[row], end, seconds)
+            said = thoughts.split(encoded[index], new[:end])
+            responses[index] = Response(said.text, records[row], end, seconds, said.thought)
         progress(len(batch))
     return [responses[index] for index in range(len(requests))]
 

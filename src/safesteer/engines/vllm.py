@@ -41,6 +41,7 @@ from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import encode
 from safesteer.models.chat import turn_markers, turn_start
 from safesteer.models.decoding import checkpoint_config
+from safesteer.models.thoughts import Thoughts
 from safesteer.policy import KINDS_OF, Plan, Policy, plan, stacked
 from safesteer.vectors import Reading, VectorBank
 
@@ -307,7 +308,8 @@ def generate(
     markers = turn_markers(tokenizer)
     default = Policy.default(bank)
     policies = [(one.policy or default).resolved(bank) for one in requests]
-    prompts = [list(encode(tokenizer, one.prompt, one.system).ids) for one in requests]
+    encoded = [encode(tokenizer, one.prompt, one.system) for one in requests]
+    prompts = [list(one.ids) for one in encoded]
     given: list[Any] = [{"prompt_token_ids": ids} for ids in prompts]
     gated = [index for index, policy in enumerate(policies) if policy.gated]
     readings: list[Reading | None] = [None] * len(requests)
@@ -335,14 +337,14 @@ def generate(
     began = time.perf_counter()
     outputs = llm.generate(given, parameters, use_tqdm=False)
     seconds = (time.perf_counter() - began) / max(1, len(requests))
-    responses = []
-    for one, acted in zip(outputs, plans, strict=True):
+    responses, thoughts = [], Thoughts(tokenizer)
+    for prompt, one, acted in zip(encoded, outputs, plans, strict=True):
         ids = list(one.outputs[0].token_ids)
         if one.outputs[0].finish_reason == "stop":  # the token that ended it is the last
             ids.pop()
         # All at once, as `safesteer.generate` does: vLLM's own text is put together piece by piece.
-        text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        responses.append(Response(text, acted.to_json(), len(ids), seconds))
+        said = thoughts.split(prompt, ids)
+        responses.append(Response(said.text, acted.to_json(), len(ids), seconds, said.thought))
     return responses
 
 

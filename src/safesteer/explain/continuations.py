@@ -25,8 +25,9 @@ from safesteer.engines.steering import Hooks
 from safesteer.errors import SafeSteerError
 from safesteer.explain.attribution import Parts, gate_of, gate_views, parts_of
 from safesteer.explain.lens import token_texts
-from safesteer.models import Conversation, LoadedModel, encode
+from safesteer.models import Conversation, EncodedPrompt, LoadedModel, encode
 from safesteer.models.chat import turn_markers, turn_start
+from safesteer.models.thoughts import Thoughts
 from safesteer.policy import Plan, Policy
 from safesteer.vectors import VectorBank
 
@@ -45,8 +46,9 @@ class Step:
 class Continuations:
     """Two greedy answers to one prompt.
 
-    The tokens of each end with the one that ended it, where it did not run into the limit; the texts are without it, as
-    `engines.generate` gives them. `parts_at`: index of the first token that differs, None where the answers are equal.
+    The tokens of each are all that was generated, thoughts too, and end with the one that ended it, where it did not run into
+    the limit; the texts are the answers, as `engines.generate` gives them. `parts_at`: index of the first token that differs,
+    None where the answers are equal.
     `divergence`: KL in nats at each step up to and including that one, both having the same tokens before them (over the
     whole answer where they are equal). `steering` is `Plan.to_json`: what acted, and how strongly.
     """
@@ -81,7 +83,8 @@ def compare(
     """
     if max_new_tokens < 1:
         raise SafeSteerError(f"{max_new_tokens} new tokens make no answer; ask for at least one")
-    ids = encode(loaded.tokenizer, prompt, system).ids
+    encoded = encode(loaded.tokenizer, prompt, system)
+    ids = encoded.ids
     steerer = Steerer(loaded, bank, policy, force=force)
     plain = _answer(loaded, ids, max_new_tokens)
     with steerer:
@@ -98,8 +101,8 @@ def compare(
     return Continuations(
         _steps(loaded, plain, of_plain),
         _steps(loaded, steered, of_steered),
-        _text(loaded, plain),
-        _text(loaded, steered),
+        _text(loaded, encoded, plain),
+        _text(loaded, encoded, steered),
         parts_at,
         tuple(divergence.tolist()),
         plan.to_json(),
@@ -119,10 +122,10 @@ def _answer(loaded: LoadedModel, ids: tuple[int, ...], max_new_tokens: int) -> l
     return new[: end + 1]
 
 
-def _text(loaded: LoadedModel, answer: list[int]) -> str:
-    """As `engines.generate` decodes an answer."""
+def _text(loaded: LoadedModel, prompt: EncodedPrompt, answer: list[int]) -> str:
+    """As `engines.generate` decodes an answer, without the thought before it."""
     kept = answer[:-1] if answer and answer[-1] in loaded.stop_ids else answer
-    return str(loaded.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+    return Thoughts(loaded.tokenizer).split(prompt, kept).text
 
 
 def _log_probabilities(
@@ -227,7 +230,8 @@ def readings(
     """
     bank.check(loaded, force)
     gate = gate_of(bank)
-    ids = encode(loaded.tokenizer, prompt, system).ids
+    encoded = encode(loaded.tokenizer, prompt, system)
+    ids = encoded.ids
     first = turn_start(ids, turn_markers(loaded.tokenizer))
     said = tuple(loaded.tokenizer(response, add_special_tokens=False)["input_ids"]) if response else ()
     spans = [(first, len(ids)), *([(len(ids), len(ids) + len(said))] if said else [])]

@@ -215,7 +215,7 @@ def _variant(serving: Serving, name: str) -> str | None:
     return variant
 
 
-def _job(serving: Serving, asked: ChatRequest | CompletionRequest, prompt: EncodedPrompt) -> Job:
+def _job(serving: Serving, asked: ChatRequest | CompletionRequest, prompt: EncodedPrompt, chat: bool) -> Job:
     """The request, checked against what the operator allows."""
     limits = serving.limits
     most = asked.most if asked.most is not None else limits.default_tokens
@@ -236,7 +236,7 @@ def _job(serving: Serving, asked: ChatRequest | CompletionRequest, prompt: Encod
     if sampling.temperature < COLD:
         sampling = replace(sampling, temperature=0.0)
     seed = None if asked.seed is None else asked.seed % 2**63
-    return Job(prompt, policy, min(most, room), sampling, seed, asked.stops)
+    return Job(prompt, policy, min(most, room), sampling, seed, asked.stops, chat=chat)
 
 
 class _Stream:
@@ -272,7 +272,7 @@ async def _answer(
     metrics = serving.metrics
     if serving.draining:
         raise Refused(503, "the server is closing", "server_error")
-    job = _job(serving, asked, prompt)
+    job = _job(serving, asked, prompt, chat)
     try:
         stream = _Stream(serving, job)
     except BusyError as error:
@@ -312,7 +312,8 @@ async def _answer(
                         if first:
                             metrics.first.observe(time.perf_counter() - began)
                             first = False
-                        yield _sse(told.chunk({"content": event.text} if chat else event.text))
+                        part = {"reasoning_content" if event.thought else "content": event.text}
+                        yield _sse(told.chunk(part if chat else event.text))
                     elif isinstance(event, Done):
                         finish(event.tokens)
                         yield _sse(told.last(event.reason))
@@ -331,20 +332,23 @@ async def _answer(
             chunks(), media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
         )
 
-    text = ""
+    text, thought = "", None
     try:
         while True:
             event = await stream.next(1.0)
             if event is None and await request.is_disconnected():
                 return _left(metrics, endpoint)
             if isinstance(event, Piece):
-                if not text:
+                if not text and thought is None:
                     metrics.first.observe(time.perf_counter() - began)
-                text += event.text
+                if event.thought:
+                    thought = (thought or "") + event.text
+                else:
+                    text += event.text
             elif isinstance(event, Done):
                 finish(event.tokens)
                 metrics.requests.labels(endpoint, "200").inc()
-                return JSONResponse(told.whole(text, event.reason, event.tokens), headers=headers)
+                return JSONResponse(told.whole(text, thought, event.reason, event.tokens), headers=headers)
             elif isinstance(event, Failed):
                 metrics.failed.inc()
                 raise Refused(500, event.message, "server_error")
@@ -410,10 +414,11 @@ class _Told:
         """The chunk with the tokens used."""
         return {**self._base, "object": self._kind, "choices": [], "usage": self._used(tokens)}
 
-    def whole(self, text: str, reason: str, tokens: int) -> dict[str, Any]:
-        """An answer in one piece."""
+    def whole(self, text: str, thought: str | None, reason: str, tokens: int) -> dict[str, Any]:
+        """An answer in one piece; the thought before it stands in `reasoning_content`, as DeepSeek and vLLM have it."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
-        choice |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        message = {"role": "assistant", "content": text} | ({} if thought is None else {"reasoning_content": thought})
+        choice |= {"message": message} if self._chat else {"text": text}
         return {
             **self._base,
             "object": "chat.completion" if self._chat else "text_completion",

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import EncodedPrompt
 from safesteer.models.decoding import Sampling
+from safesteer.models.thoughts import Reader, Thoughts
 from safesteer.policy import Plan, Policy
 from safesteer.vectors import VectorBank
 
@@ -26,7 +27,10 @@ CONTEXT = 8  # settled tokens before them that are decoded with them, since a to
 
 @dataclass(frozen=True)
 class Job:
-    """One request: a prompt, its resolved policy, and how to answer. `seed` None: any."""
+    """One request: a prompt, its resolved policy, and how to answer. `seed` None: any.
+
+    `chat`: thoughts are told from the answer, in which alone `stop` words are looked for; else all that is generated is text.
+    """
 
     prompt: EncodedPrompt
     policy: Policy
@@ -34,6 +38,7 @@ class Job:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    chat: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Piece:
-    """More text of the answer."""
+    """More text of the answer, or of the thought before it."""
 
     text: str
+    thought: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,17 +121,27 @@ class Engine(Protocol):
 
 @dataclass(eq=False)
 class Row:
-    """A request being answered: its tokens so far, and what of their text was delivered."""
+    """A request being answered: its tokens so far, and what of their text was read and delivered.
+
+    Without `thoughts` all text is the answer.
+    """
 
     job: Job
     deliver: Deliver
     handle: Handle = field(default_factory=Handle)
+    thoughts: Thoughts | None = None
     tokens: list[int] = field(default_factory=list)
-    text: str = ""
+    text: str = ""  # of all tokens
+    read: int = 0
+    said: Reader = field(default_factory=Reader)
     sent: int = 0
+    sent_thought: int = 0
     done: bool = False
     settled: str = ""  # the text of the tokens before `anchor`
     anchor: int = 0
+
+    def __post_init__(self) -> None:
+        self.restart()
 
     def plan(self, plan: Plan) -> None:
         """What acts on it is known."""
@@ -141,13 +157,16 @@ class Row:
         ended = token in stops
         if not ended:
             self.tokens.append(token)
-            self.text = self._decoded(decode)
+            self.text = self._decoded(decode if self.thoughts is None else self.thoughts.decode)
         full = len(self.tokens) >= self.job.max_tokens
-        cut = min((place for word in self.job.stop if (place := self.text.find(word)) >= 0), default=None)
-        if cut is not None:
-            self.text = self.text[:cut]
-        if ended or full or cut is not None:
-            self._send(len(self.text))
+        certain = self.text if ended or full else self.text.rstrip(HALF)
+        self.said.feed(certain[self.read :])
+        self.read = max(self.read, len(certain))
+        if ended or full:
+            self.said.end()
+        cut = min((place for word in self.job.stop if (place := self.said.text.find(word)) >= 0), default=None)
+        if cut is not None or ended or full:
+            self._send(len(self.said.text) if cut is None else cut)
             self.done = True
             self._emit(Done("stop" if ended or cut is not None else "length", len(self.tokens)))
         else:
@@ -157,7 +176,8 @@ class Row:
         """What was begun is answered anew."""
         self.tokens.clear()
         self.text = self.settled = ""
-        self.sent = self.anchor = 0
+        self.read = self.sent = self.sent_thought = self.anchor = 0
+        self.said = Reader() if self.thoughts is None else self.thoughts.reader(self.job.prompt)
 
     def fail(self, message: str) -> None:
         """There is no answer, or no more of it; nothing, where it is done."""
@@ -179,21 +199,23 @@ class Row:
         return text
 
     def _certain(self) -> int:
-        """How much of the text no later token can change or turn into a stop word."""
-        end = len(self.text)
-        while end and self.text[end - 1] == HALF:
-            end -= 1
-        held = 0
+        """How much of the answer no later token can turn into a stop word."""
+        text = self.said.text
+        end, held = len(text), 0
         for word in self.job.stop:
             for size in range(min(len(word) - 1, end), held, -1):
-                if self.text[end - size : end] == word[:size]:
+                if text[end - size : end] == word[:size]:
                     held = size
                     break
         return end - held
 
     def _send(self, end: int) -> None:
+        thought = self.said.thought or ""
+        if len(thought) > self.sent_thought:
+            self._emit(Piece(thought[self.sent_thought :], thought=True))
+            self.sent_thought = len(thought)
         if end > self.sent:
-            self._emit(Piece(self.text[self.sent : end]))
+            self._emit(Piece(self.said.text[self.sent : end]))
             self.sent = end
 
     def _emit(self, event: Event) -> None:
@@ -203,12 +225,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer: what acted, its text, why it ended, and how many tokens it has."""
+    """A whole answer: what acted, its text, why it ended, how many tokens were generated, and the thought before it."""
 
     plan: Plan
     text: str
     reason: Literal["stop", "length"]
     tokens: int
+    thought: str | None = None
 
 
 def answer(engine: Engine, job: Job, timeout: float = 600.0) -> Answer:
@@ -216,7 +239,7 @@ def answer(engine: Engine, job: Job, timeout: float = 600.0) -> Answer:
     events: queue.Queue[Event] = queue.Queue()
     handle = engine.submit(job, events.put)
     plan: Plan | None = None
-    text = ""
+    text, thought = "", None
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -226,9 +249,11 @@ def answer(engine: Engine, job: Job, timeout: float = 600.0) -> Answer:
             raise SteeringError(f"there was no answer in {timeout:g} seconds") from None
         if isinstance(event, Planned):
             plan = event.plan
+        elif isinstance(event, Piece) and event.thought:
+            thought = (thought or "") + event.text
         elif isinstance(event, Piece):
             text += event.text
         elif isinstance(event, Failed):
             raise SteeringError(event.message)
         elif plan is not None:
-            return Answer(plan, text, event.reason, event.tokens)
+            return Answer(plan, text, event.reason, event.tokens, thought)

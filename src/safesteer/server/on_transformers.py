@@ -22,6 +22,7 @@ from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import LoadedModel
 from safesteer.models.layout import text_config
 from safesteer.models.selftest import check_site
+from safesteer.models.thoughts import Thoughts
 from safesteer.policy import Policy
 from safesteer.server.engine import BusyError, Deliver, Handle, Job, Row
 from safesteer.vectors import VectorBank
@@ -75,7 +76,7 @@ class TransformersEngine:
         force: bool = False,
     ) -> None:
         self.loaded, self.bank, self._batch_size, self._most_waiting = loaded, bank, batch_size, most_waiting
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self._thoughts = loaded.tokenizer, Thoughts(loaded.tokenizer)
         self.context = getattr(text_config(loaded.model), "max_position_embeddings", None) or BATCH_TOKENS
         self._steerer = Steerer(loaded, bank, Policy.off(), force=force)
         acting = bank.acting or list(bank.layers)
@@ -93,7 +94,7 @@ class TransformersEngine:
 
     def submit(self, job: Job, deliver: Deliver) -> Handle:
         """Queue a request; events come from the engine's thread. Raises `BusyError` if too many wait."""
-        row = Row(job, deliver)
+        row = Row(job, deliver, thoughts=self._thoughts if job.chat else None)
         row.handle.on_abort = lambda: self._leave(row)
         with self._changed:
             if not self.alive:
@@ -157,7 +158,7 @@ class TransformersEngine:
         except Exception as error:  # whatever it is, the thread goes on, and nobody is left waiting
             message = str(error) if isinstance(error, SafeSteerError) else f"the model failed ({type(error).__name__})"
             for row in rows:
-                if len(rows) > 1 and not row.sent and not row.done:
+                if len(rows) > 1 and not row.sent and not row.sent_thought and not row.done:
                     # One request's trouble is not the others': those that have said nothing yet are answered alone.
                     row.restart()
                     self._answer([row])

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from safesteer.engines import vllm as plugin
 from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models.chat import turn_markers, turn_start
+from safesteer.models.thoughts import Thoughts
 from safesteer.policy import Policy, plan
 from safesteer.server.engine import BusyError, Deliver, Handle, Job, Row
 from safesteer.vectors import Reading, VectorBank
@@ -66,6 +67,7 @@ class VllmEngine:
         self, arguments: Any, bank: VectorBank, tokenizer: Any, stop_ids: set[int], *, most_waiting: int = 256
     ) -> None:
         self.bank, self.tokenizer, self._stops = bank, tokenizer, stop_ids
+        self._thoughts = Thoughts(tokenizer)
         self._most_waiting = most_waiting
         self._specs = plugin.Specs(bank)
         self._markers = turn_markers(tokenizer)
@@ -96,7 +98,7 @@ class VllmEngine:
 
     def submit(self, job: Job, deliver: Deliver) -> Handle:
         """Begin a request; events come from the engine's thread. Raises `BusyError` if too many are under way."""
-        row = Row(job, deliver)
+        row = Row(job, deliver, thoughts=self._thoughts if job.chat else None)
         if not self.alive:
             raise SteeringError("the server is closing" if self._closing else "vLLM ended; its log says why")
         if self.waiting >= self._most_waiting:

@@ -1,0 +1,279 @@
+"""Thoughts are told from answers, in every shape that models use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from transformers import AddedToken
+
+from safesteer.engines import GenerationSettings, Request, generate
+from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.models.thoughts import Said, Thoughts
+from safesteer.policy import Policy
+from safesteer.server.app import Serving, make_app
+from safesteer.server.authority import Authority, Clients
+from safesteer.server.on_transformers import TransformersEngine
+from tests.tiny import TEMPLATE, Run, bank_for, make, tokenizer
+
+HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+ANALYSIS = "<|channel|>analysis<|message|>"
+FINAL = "<|start|>assistant<|channel|>final<|message|>"
+OPENING = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+CLOSED = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+
+
+def made(*marks: str, special: bool = True, template: str = TEMPLATE) -> Any:
+    """The tiny tokenizer with further tokens."""
+    one = tokenizer()
+    one.add_tokens([AddedToken(mark, special=special) for mark in marks], special_tokens=special)
+    one.chat_template = template
+    return one
+
+
+def split(one: Any, text: str, prompt: str = "Why?") -> Said:
+    """All at once, and piece by piece, which must come to the same."""
+    thoughts, asked = Thoughts(one), encode(one, prompt)
+    ids = one(text, add_special_tokens=False)["input_ids"]
+    found = thoughts.split(asked, ids)
+    reader, fed = thoughts.reader(asked), ""
+    for end in range(1, len(ids) + 1):
+        whole = thoughts.decode(ids[:end]).rstrip("\ufffd")
+        reader.feed(whole[len(fed) :])
+        fed = whole
+    reader.end()
+    assert (reader.text.strip(), reader.thought and reader.thought.strip()) == (found.text, found.thought)
+    return found
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("opens", "closes", "begins"),
+    [
+        ("<think>", "</think>", "<think>\n"),
+        ("[THINK]", "[/THINK]", "[THINK]"),
+        ("<|channel>", "<channel|>", "<|channel>thought\n"),
+        ("<|START_THINKING|>", "<|END_THINKING|>", "<|START_THINKING|>"),
+        ("<seed:think>", "</seed:think>", "<seed:think>"),
+        ("<|inner_prefix|>", "<|inner_suffix|>", "<|inner_prefix|>"),
+        ("◁think▷", "◁/think▷", "◁think▷"),
+        ("<thought>", "</thought>", "<thought>\n"),
+    ],
+)
+def test_pairs_of_markers(opens: str, closes: str, begins: str, special: bool) -> None:
+    one = made(opens, closes, special=special)
+    assert split(one, f"{begins}Hm, é.\n{closes}\n\nBecause.") == Said("Because.", "Hm, é.")
+    assert split(one, f"{begins}Hm, and").thought == "Hm, and"
+    assert not split(one, f"{begins}Hm, and").answered
+    assert not split(one, f"{begins}Hm{closes}\n").answered
+    assert split(one, "Because.") == Said("Because.")
+    assert split(one, f"Because of {opens} and {closes}.").thought is None
+
+
+def test_markers_in_plain_text_need_no_token() -> None:
+    assert split(tokenizer(), "<think>\nHm.</think>Because.") == Said("Because.", "Hm.")
+    granite = made(template=TEMPLATE + "{# Here is my thought process: Here is my response: #}")
+    assert split(granite, "Here is my thought process: Hm. Here is my response: So.") == Said("So.", "Hm.")
+    assert split(tokenizer(), "Here is my thought process: Hm. Here is my response: So.").thought is None
+
+
+def test_a_thought_that_the_template_opens() -> None:
+    one = made("<think>", "</think>", template=OPENING)
+    assert split(one, "Hm.\n</think>\n\nBecause.") == Said("Because.", "Hm.")
+    assert split(one, "Hm, and").answered is False
+    assert Thoughts(one).opened(encode(one, "Why?")) == "<think>\n"
+    assert Thoughts(one).opened(encode(made(template=OPENING), "Why?")) == "<think>\n"
+    assert split(made("<think>", "</think>", template=CLOSED), "Because.") == Said("Because.")
+
+
+def test_what_a_user_writes_opens_no_thought() -> None:
+    for text in ("What is <think> for?", "<think>", "Say </think> and <think>"):
+        one = made("<think>", "</think>", special=False)
+        assert Thoughts(one).opened(encode(one, text)) == ""
+        assert split(one, "Because.", text) == Said("Because.")
+
+
+def test_an_answer_that_the_prompt_begins_inside_a_thought_goes_on_with_it() -> None:
+    one = made("<think>", "</think>")
+    asked = encode(one, "Why?")
+    tail = tuple(one("<think>\nWell,", add_special_tokens=False)["input_ids"])
+    begun = EncodedPrompt(asked.ids + tail, asked.content_start, asked.content_end)
+    ids = one(" hm.</think>So.", add_special_tokens=False)["input_ids"]
+    assert Thoughts(one).split(begun, ids) == Said("So.", "hm.")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"{ANALYSIS}Hm.<|end|>{FINAL}Because.", Said("Because.", "Hm.")),
+        (f"{ANALYSIS}Hm.<|end|><|start|>assistant{ANALYSIS}And.<|end|>{FINAL}So.", Said("So.", "Hm.And.")),
+        (f"{ANALYSIS}Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>Now.<|end|>{FINAL}So.", Said("So.", "Hm.Now.")),
+        ("<|channel|>final<|message|>Because.", Said("Because.")),
+        ("<|channel|>final <|constrain|>json<|message|>{}", Said("{}")),
+        (f"{ANALYSIS}Hm, and", Said("", "Hm, and")),
+        (f"{ANALYSIS}Hm.<|end|><|start|>assistant", Said("", "Hm.")),
+        (f"{ANALYSIS}Hm.<|end|><|start|>assistant<|channel|>fin", Said("", "Hm.")),
+        ("No channel at all.", Said("No channel at all.")),
+    ],
+)  # fmt: skip
+def test_harmony(text: str, said: Said) -> None:
+    assert split(made(*HARMONY, "<|constrain|>"), text) == said
+
+
+def test_a_tokenizers_own_template_goes_first() -> None:
+    one = made("<hm>", "</hm>")
+    one.response_template = {
+        "start_anchor": "assistant\n",
+        "fields": {
+            "thinking": {"open": "<hm>", "close": "</hm>", "content": "text"},
+            "tool_calls": {"open": "<call>", "close": "</call>", "content": "json", "repeats": True},
+            "content": {"close": "</s>"},
+        },
+    }
+    assert split(one, "<hm>Well.</hm>So. <call>{}</call>") == Said("So. <call>{}</call>", "Well.")
+    one.chat_template = OPENING.replace("<think>", "<hm>")
+    assert split(one, "Well.</hm>So.") == Said("So.", "Well.")
+
+
+def test_other_special_tokens_are_not_text() -> None:
+    one = made("[THINK]", "[/THINK]", "[OTHER]")
+    ids = one("[THINK]Hm.[/THINK][OTHER]So.<pad>", add_special_tokens=False)["input_ids"]
+    assert Thoughts(one).split(encode(one, "Why?"), ids) == Said("So.", "Hm.")
+    for text in ("So <s> it is", "plain"):
+        own = tokenizer()
+        kept = own(text, add_special_tokens=False)["input_ids"]
+        assert Thoughts(own).decode(kept) == own.decode(kept, skip_special_tokens=True)
+
+
+class Scripted:
+    """A tiny model that says what it is told to, token by token, through its own `generate`."""
+
+    def __init__(self, loaded: LoadedModel, one: Any) -> None:
+        loaded.model.resize_token_embeddings(len(one) + 60)
+        self.loaded = replace(loaded, tokenizer=one)
+        self.script: list[int] = []
+        self._prompt = 0
+        loaded.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        loaded.model.register_forward_hook(self._after)
+
+    def say(self, text: str) -> LoadedModel:
+        """`$` ends it."""
+        body, ends, _ = text.partition("$")
+        self.script = self.loaded.tokenizer(body, add_special_tokens=False)["input_ids"] + ([257] if ends else [])
+        return self.loaded
+
+    def _before(self, _module: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
+        self._place = 0 if keywords["input_ids"].shape[1] > 1 else self._place + 1
+
+    def _after(self, _module: Any, _arguments: Any, output: Any) -> Any:
+        if not self.script:
+            return output
+        output.logits[:, -1] = 0
+        output.logits[:, -1, self.script[min(self._place, len(self.script) - 1)]] = 9.0
+        return output
+
+
+@pytest.fixture
+def scripted(llama: LoadedModel) -> Scripted:
+    return Scripted(llama, made("<think>", "</think>", template=OPENING))
+
+
+LONG = "Hm. " * 8
+
+
+def test_generate_gives_answer_and_thought_apart(scripted: Scripted) -> None:
+    [found] = generate(scripted.say("Hm.\n</think>\n\nBecause.$"), None, [Request("Why?")], GenerationSettings(64))
+    assert (found.text, found.thought, found.answered, found.tokens) == ("Because.", "Hm.", True, 15)
+    [found] = generate(scripted.say(LONG), None, [Request("Why?")], GenerationSettings(16))
+    assert (found.text, found.thought, found.answered) == ("", LONG[:16].strip(), False)
+
+
+def test_a_server_gives_the_thought_as_reasoning_content(scripted: Scripted) -> None:
+    bank = bank_for(make("llama"))
+    made = TransformersEngine(scripted.loaded, bank, force=True)
+    client = TestClient(make_app(Serving(made, Authority(bank, Policy.off(), {}, Clients(may="any")), "tiny")))
+    body = {"model": "tiny", "max_tokens": 64, "messages": [{"role": "user", "content": "Why?"}], "temperature": 0}
+
+    def ask(text: str, **more: Any) -> tuple[Any, Any, Any]:
+        """Whole and streamed, which must come to the same."""
+        scripted.say(text)
+        [choice] = client.post("/v1/chat/completions", json={**body, **more}).json()["choices"]
+        streamed = client.post("/v1/chat/completions", json={**body, **more, "stream": True}).text
+        chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        whole = choice["message"]
+        for name in ("content", "reasoning_content"):
+            assert "".join(one.get(name, "") for one in deltas) == whole.get(name, "")
+        return whole["content"], whole.get("reasoning_content"), choice["finish_reason"]
+
+    try:
+        assert ask("Hm, so.\n</think>\n\nBecause so it is.$") == ("Because so it is.", "Hm, so.\n", "stop")
+        assert ask("Hm, so.</think>Because so it is.$", stop=["so"]) == ("Because ", "Hm, so.", "stop")
+        assert ask(LONG, max_tokens=16) == ("", LONG[:16], "length")
+        scripted.say("Hm.</think>Because.$")
+        raw = client.post("/v1/completions", json={"model": "tiny", "prompt": "ab", "max_tokens": 64, "temperature": 0})
+        assert (
+            raw.json()["choices"][0]["text"] == "Hm.Because."
+        )  # the prompt is the client's: nothing is known of thoughts
+        plain = replace(scripted.loaded, tokenizer=tokenizer())
+    finally:
+        made.close()
+    made = TransformersEngine(plain, bank, force=True)
+    try:
+        client = TestClient(make_app(Serving(made, Authority(bank, Policy.off(), {}, Clients(may="any")), "tiny")))
+        scripted.script = tokenizer()("Because.", add_special_tokens=False)["input_ids"] + [257]
+        message = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+        assert message == {"role": "assistant", "content": "Because."}
+    finally:
+        made.close()
+
+
+def test_the_command_line_shows_thoughts_apart(
+    scripted: Scripted, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bank.safetensors"
+    bank_for(make("llama")).save(path)
+    monkeypatch.setattr("safesteer.cli.options.load_for", lambda *_, **__: scripted.loaded)
+    common = ["generate", path, "--prompt", "Why?", "--force", "--steer", "breaking=0.1"]
+    scripted.say("Hm.</think>Because.$")
+    row = json.loads(run(*common, "--json", "--compare")[1])
+    assert (row["response"], row["thought"]) == (row["unsteered"], row["unsteered_thought"]) == ("Because.", "Hm.")
+    assert "thought    Hm." in run(*common)[1]
+    scripted.say(LONG)
+    row = json.loads(run(*common, "--json", "--max-new-tokens", "16")[1])
+    assert (row["response"], row["thought"]) == ("", LONG[:16].strip())
+    assert "no answer was reached" in run(*common, "--max-new-tokens", "16")[1]
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_chat_tells_the_thought_from_the_answer_and_forgets_it(
+    scripted: Scripted, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    path = tmp_path / "bank.safetensors"
+    bank_for(make("llama")).save(path)
+    monkeypatch.setattr("safesteer.cli.options.load_for", lambda *_, **__: scripted.loaded)
+    lines = iter(["Why?", "Why not?"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    scripted.say("Hm, so.</think>Because so it is.$")
+    seen: list[str] = []
+    real = encode
+
+    def spy(tokenizer: Any, conversation: Any, system: str | None = None) -> Any:
+        found = real(tokenizer, conversation, system)
+        seen.append(tokenizer.decode(found.ids))
+        return found
+
+    monkeypatch.setattr("safesteer.engines.generation.encode", spy)
+    code, out, err = run("chat", path, "--force", *(["--json"] if as_json else []))
+    assert code == 0
+    if as_json:
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert [(row["response"], row["thought"]) for row in rows] == [("Because so it is.", "Hm, so.")] * 2
+    else:
+        assert out == "Because so it is.\n" * 2
+        assert err.count("Hm, so.") == 2
+    assert "Because so it is." in seen[-1] and "Hm, so." not in seen[-1]
