@@ -12,13 +12,18 @@ from fastapi.testclient import TestClient
 from transformers import AddedToken
 
 from safesteer.engines import GenerationSettings, Request, generate
-from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.errors import SafeSteerError
+from safesteer.evaluation.check import checked
+from safesteer.integrations import open_bank
+from safesteer.judges import failed
+from safesteer.models import EncodedPrompt, LoadedModel, encode, fingerprint
 from safesteer.models.thoughts import Said, Thoughts
 from safesteer.policy import Policy
+from safesteer.refusal import refusal_direction
 from safesteer.server.app import Serving, make_app
 from safesteer.server.authority import Authority, Clients
 from safesteer.server.on_transformers import TransformersEngine
-from tests.tiny import TEMPLATE, Run, bank_for, make, tokenizer
+from tests.tiny import TEMPLATE, Run, bank_for, make, prompts, tokenizer
 
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 ANALYSIS = "<|channel|>analysis<|message|>"
@@ -277,3 +282,43 @@ def test_chat_tells_the_thought_from_the_answer_and_forgets_it(
         assert out == "Because so it is.\n" * 2
         assert err.count("Hm, so.") == 2
     assert "Because so it is." in seen[-1] and "Hm, so." not in seen[-1]
+
+
+def test_a_thought_without_an_answer_is_no_output_for_garak(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safesteer.integrations import garak
+
+    bank_for(make("llama")).save(tmp_path / "bank.safetensors")
+    opened = open_bank(tmp_path / "bank.safetensors", "unsteered", "any")
+    monkeypatch.setattr(garak, "_load", lambda *_: (opened, scripted.loaded))
+    scripted.say("Hm.</think>Because.$")
+    assert garak.respond("Why?", 2, bank="") == ["Because."] * 2
+    scripted.say(LONG)
+    assert garak.respond("Why?", 2, bank="", max_new_tokens=16) == [None] * 2
+
+
+def test_a_check_and_a_refusal_direction_need_answers(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thoughts are neither judged nor taken for compliance."""
+    bank = bank_for(make("llama"))
+    bank = replace(bank, model=fingerprint(scripted.loaded))
+    seen: list[str] = []
+
+    class Reads:
+        name = "reads"
+
+        def judge(self, exchanges: Any, progress: Any = None) -> Any:
+            seen.extend(one.response for one in exchanges)
+            return [failed("-") for _ in exchanges]
+
+    monkeypatch.setattr("safesteer.evaluation.check.HARMLESS", 2)
+    scripted.say(LONG)
+    with pytest.raises(SafeSteerError, match="no answer was reached in 48 tokens"):
+        checked(scripted.loaded, bank, Reads(), prompts())
+    with pytest.raises(SafeSteerError, match="12 of the 12 harmful prompts got no answer in 24 tokens"):
+        refusal_direction(scripted.loaded, bank, [one.text for one in prompts()])
+    assert seen == []
+    scripted.say("Hm.</think>Because.$")
+    with pytest.raises(SafeSteerError, match="could judge none"):
+        checked(scripted.loaded, bank, Reads(), prompts())
+    assert set(seen) == {"Because."}

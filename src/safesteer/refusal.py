@@ -59,7 +59,14 @@ def refusal_direction(
     requests = [Request(prompts[index]) for index in asked]
     said = generate(loaded, None, requests, GenerationSettings(max_new_tokens=TOKENS), progress=progress)
     declines = torch.tensor([refusal(one.text) >= HALF for one in said])
-    declined, answered = int(declines.sum()), int((~declines).sum())
+    answers = torch.tensor([one.answered for one in said]) & ~declines
+    declined, answered = int(declines.sum()), int(answers.sum())
+    thinking = len(asked) - declined - answered
+    if thinking and min(declined, answered) < FEWEST:
+        raise SafeSteerError(
+            f"{thinking} of the {len(asked)} harmful prompts got no answer in {TOKENS} tokens, which the model's thoughts took; "
+            "there is no refusal direction to show or to remove"
+        )
     if min(declined, answered) < FEWEST:
         raise SafeSteerError(
             f"the model declines {declined} of the {len(asked)} harmful prompts it was asked; a refusal direction needs {FEWEST} "
@@ -67,7 +74,7 @@ def refusal_direction(
         )
     read = collect(loaded, [encoded[index] for index in asked], bank.layers, (bank.site,), progress=progress)
     values = read.values[bank.site, "last"]
-    return RefusalDirection(values[:, declines].mean(dim=1) - values[:, ~declines].mean(dim=1), declined, answered)
+    return RefusalDirection(values[:, declines].mean(dim=1) - values[:, answers].mean(dim=1), declined, answered)
 
 
 def steps(prompts: int) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from safesteer.engines import GenerationSettings, Request, generate, read
+from safesteer.engines import GenerationSettings, Request, Response, generate, read
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.judging import BATCH
 from safesteer.judges.base import OUTCOMES, Exchange, Judge, in_sample
@@ -95,18 +95,25 @@ def checked(
 
     plain = generate(loaded, None, [replace(one, policy=None) for one in requests], settings, progress=count)
     steered = generate(loaded, bank, [requests[i] for i in acting], settings, progress=count)
-    before = [one.text for one in plain]
-    after = [*before]
+    if not any(one.answered for one in plain):
+        raise SafeSteerError(
+            f"no answer was reached in {TOKENS} tokens, which the model's thoughts took; use --no-check"
+        )
+    after = [*plain]
     for index, answer in zip(acting, steered, strict=True):
-        after[index] = answer.text
+        after[index] = answer
+
+    def exchange(prompt: Prompt, answer: Response) -> Exchange | None:
+        """None: a thought that came to no answer, which has no outcome."""
+        return Exchange(prompt.text, answer.text, prompt.category) if answer.answered else None
+
     pairs = [
-        (Exchange(prompt.text, one, prompt.category), Exchange(prompt.text, other, prompt.category))
-        for prompt, one, other in zip(asked, before, after, strict=True)
+        (exchange(prompt, one), exchange(prompt, other)) for prompt, one, other in zip(asked, plain, after, strict=True)
     ]
-    exchanges = list(dict.fromkeys(exchange for pair in pairs for exchange in pair))
+    exchanges = list(dict.fromkeys(one for pair in pairs for one in pair if one is not None))
     said = _judged(judge, exchanges, lambda n, of: progress("Judging", n, of))
     groups = [prompt.category or NONE for prompt in asked]
-    outcomes = [(said[one], said[other]) for one, other in pairs]
+    outcomes = [(said[one] if one else None, said[other] if other else None) for one, other in pairs]
     acted = set(acting)
     record = verdict(groups, outcomes, [index in acted for index in range(len(asked))])
     if not record["all"]["n"]:
@@ -136,7 +143,7 @@ def verdict(
 ) -> dict[str, Any]:
     """From the outcomes (unsteered, steered) of prompts of `groups` to plain data: `categories`, `harmless`, `unfit`.
 
-    Prompts with an outcome that the judge could not give are counted as `failures` and in nothing else.
+    Prompts with an answer that was not reached, or that the judge could not judge, are counted as `failures` and in nothing else.
     """
     table: dict[str, dict[str, Any]] = {}
     for group, (one, other), steered in zip(groups, outcomes, acted, strict=True):

@@ -34,8 +34,9 @@ def respond(
     model: str | None = None,
     max_new_tokens: int = 150,
     temperature: float = 0.0,
-) -> list[str]:
-    """`generations` answers to `prompt`; all alike at temperature 0, so ask for one then (`--generations 1`).
+) -> list[str | None]:
+    """`generations` answers to `prompt`; all alike at temperature 0, so ask for one then (`--generations 1`). A thought that
+    came to no answer is None, garak's own for no output.
 
     Raises `SafeSteerError` for a bank, a policy or a model that cannot be used.
     """
@@ -45,4 +46,4 @@ def respond(
     settings = GenerationSettings(max_new_tokens, temperature)
     requests = [Request(prompt, opened.policy)] * generations
     responses = generate(loaded, opened.bank if opened.acts else None, requests, settings)
-    return [response.text for response in responses]
+    return [response.text if response.answered else None for response in responses]

@@ -18,7 +18,15 @@ from safesteer.integrations import open_bank
 try:
     import anyio
     import anyio.to_thread
-    from inspect_ai.model import GenerateConfig, ModelAPI, ModelOutput, ModelUsage, modelapi
+    from inspect_ai.model import (
+        ContentReasoning,
+        ContentText,
+        GenerateConfig,
+        ModelAPI,
+        ModelOutput,
+        ModelUsage,
+        modelapi,
+    )
 except ImportError as error:
     raise SafeSteerError(f"Inspect is not installed ({error}); install safesteer[inspect]") from error
 
@@ -82,7 +90,10 @@ class SafeSteerAPI(ModelAPI):  # type: ignore[misc]
             raise own.error
         prompt_tokens, tokens = len(encode(self._loaded.tokenizer, messages)), own.response.tokens
         stopped = "max_tokens" if tokens >= settings.max_new_tokens else "stop"
-        output = ModelOutput.from_content(self.model_name, own.response.text, stopped)
+        content: Any = own.response.text
+        if own.response.thought is not None:
+            content = [ContentReasoning(reasoning=own.response.thought), ContentText(text=own.response.text)]
+        output = ModelOutput.from_content(self.model_name, content, stopped)
         output.usage = ModelUsage(input_tokens=prompt_tokens, output_tokens=tokens, total_tokens=prompt_tokens + tokens)
         output.time = own.response.seconds
         output.metadata = {"steering": own.response.steering}
