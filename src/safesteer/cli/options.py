@@ -101,19 +101,21 @@ def parse_columns(items: list[str] | None) -> dict[str, str]:
 
 
 def open_bank(path: Path, unverified: bool = False) -> VectorBank:
-    """Read a bank, and say on standard error what its check found. Raises `BankError`."""
+    """Read a bank that is to act; `unverified`: whatever its check found. Raises `BankError`."""
     from safesteer.vectors import VectorBank
 
     bank = VectorBank.load(path)
-    if unverified:
-        return bank.unverified()
-    if "check" not in bank.provenance:
-        note(f"{path} was never checked for doing harm: safesteer check {path}")
-    elif bank.unfit and len(bank.unfit) < len(bank.categories):
+    return bank.unverified() if unverified else bank
+
+
+def note_check(bank: VectorBank, path: Path, unverified: bool = False) -> None:
+    """Say on standard error what a bank's check found, or that there was none."""
+    if bank.unfit:
         note(
             f"{', '.join(bank.unfit)}: found unfit when the bank was checked, so not acting (safesteer inspect {path})"
         )
-    return bank
+    elif "check" not in bank.provenance and not unverified:
+        note(f"{path} was never checked for doing harm: safesteer check {path}")
 
 
 def need_vllm() -> None:

@@ -148,6 +148,7 @@ def serve(
     except SafeSteerError:
         running.close()
         raise
+    options.note_check(opened, bank, unverified)
     served = name or Path(chosen).name
     limits = Limits(most_tokens=most_tokens, default_tokens=min(256, most_tokens), chat_only=chat_only)
     serving = Serving(running, authority, served, limits, keys, sampling)
