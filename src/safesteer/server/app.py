@@ -96,7 +96,6 @@ class Refused(Exception):  # noqa: N818 - an answer, not a fault
 def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None) -> Guard:
     """The ASGI application."""
     tokenizer = serving.engine.tokenizer
-    control = control_tokens(tokenizer)
     app = FastAPI(title="SafeSteer", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
 
     def count(path: str, status: int) -> None:
@@ -114,8 +113,10 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
         count(request.url.path, 400)
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body" and not str(part).startswith("function-"))
+        # Of a content that may be text or a list, what is wrong within the list.
+        first = max(error.errors(), key=lambda one: len(one["loc"]))
+        loc = [str(part) for part in first["loc"] if part not in ("body", "str")]
+        place = ".".join(part for part in loc if not part.startswith(("list[", "function-")))
         if "steering" in first["loc"]:
             serving.metrics.refused.inc()
             message = '`steering` must be "off" or a mapping of categories to strengths, such as {"hate": 1.0}'
@@ -157,14 +158,6 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answer a chat."""
-        for message in asked.messages:
-            content = message.plain()["content"]
-            found = next((token for token in control if token in content), None)
-            if found is not None:
-                raise Refused(
-                    400,
-                    f"a message holds {found!r}, by which the model tells turns apart; leave it out",
-                )
         try:
             # Beside the event loop: a long text takes a second.
             prompt = await asyncio.to_thread(encode, tokenizer, asked.conversation)
@@ -186,14 +179,6 @@ def make_app(serving: Serving, lifespan: Callable[[FastAPI], Any] | None = None)
         return await _answer(serving, asked, EncodedPrompt(ids, 0, len(ids)), request, chat=False)
 
     return Guard(app, serving.keys, serving.limits.most_bytes, serving.limits.body_seconds, count)
-
-
-def control_tokens(tokenizer: Any) -> list[str]:
-    """The special tokens, which a message that holds one word for word could fake the turns around it with."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return sorted(
-        {token for token in (*tokenizer.all_special_tokens, *(str(one) for one in added if one.special)) if token}
-    )
 
 
 def _known(path: str) -> str:
@@ -236,7 +221,8 @@ def _job(serving: Serving, asked: ChatRequest | CompletionRequest, prompt: Encod
     if sampling.temperature < COLD:
         sampling = replace(sampling, temperature=0.0)
     seed = None if asked.seed is None else asked.seed % 2**63
-    return Job(prompt, policy, min(most, room), sampling, seed, asked.stops, chat=chat)
+    stop_ids = frozenset(asked.stop_token_ids or ())
+    return Job(prompt, policy, min(most, room), sampling, seed, asked.stops, stop_ids, chat)
 
 
 class _Stream:

@@ -38,6 +38,7 @@ class Job:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
     chat: bool = True
 
 
@@ -154,7 +155,7 @@ class Row:
         if self.handle.aborted:
             self.done = True
             return
-        ended = token in stops
+        ended = token in stops or token in self.job.stop_ids
         if not ended:
             self.tokens.append(token)
             self.text = self._decoded(decode if self.thoughts is None else self.thoughts.decode)

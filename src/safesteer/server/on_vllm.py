@@ -215,7 +215,7 @@ class VllmEngine:
             max_tokens=job.max_tokens,
             **asdict(job.sampling),
             seed=job.seed,
-            stop_token_ids=sorted(self._stops),
+            stop_token_ids=sorted(self._stops | job.stop_ids),
             detokenize=False,  # stop words and half characters are the row's, as in every engine
             output_kind=RequestOutputKind.DELTA,
             extra_args=acting or None,
