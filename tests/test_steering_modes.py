@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from safesteer.engines import Steerer
 from safesteer.engines.steering import GENERATED, LAST, PADDING, PROMPT, token_kinds
@@ -144,6 +146,33 @@ def test_a_mask_that_is_left_out_is_inferred_as_generate_infers_it(llama: Loaded
         llama.model.generate(input_ids=inputs["input_ids"], max_new_tokens=1)
         inferred = [one.reading for one in steerer.plans]
     assert given == inferred
+
+
+@pytest.mark.parametrize("how", ["keyword", "configuration", "positional"])
+def test_a_padding_token_that_generate_is_told_is_no_word_of_the_user(llama: LoadedModel, how: str) -> None:
+    """The model's own configuration names another one, as checkpoints without a padding token do."""
+    bank = bank_for(llama, gate=True)
+    llama.model.generation_config.pad_token_id = None
+    ids, mask = batch(llama).values()
+    config = GenerationConfig(max_new_tokens=2, pad_token_id=258, eos_token_id=257)
+    given: dict[str, Any] = {
+        "keyword": {"input_ids": ids, "max_new_tokens": 2, "pad_token_id": 258},
+        "configuration": {"input_ids": ids, "generation_config": config},
+    }.get(how, {})
+    with Steerer(llama, bank) as steerer:
+        llama.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, pad_token_id=258)
+        rightly = [one.reading for one in steerer.plans]
+        if how == "positional":
+            llama.model.generate(ids, config)
+        else:
+            llama.model.generate(**given)
+        assert [one.reading for one in steerer.plans] == rightly
+        if how == "keyword":  # a padding token that also ends a text is no padding, to `generate` as to the gate
+            every = torch.ones_like(mask)
+            llama.model.generate(input_ids=ids, attention_mask=every, max_new_tokens=2, pad_token_id=258)
+            whole = [one.reading for one in steerer.plans]
+            llama.model.generate(input_ids=ids, max_new_tokens=2, pad_token_id=258, eos_token_id=258)
+            assert [one.reading for one in steerer.plans] == whole != rightly
 
 
 def test_a_generate_of_ones_own_is_put_back(llama: LoadedModel) -> None:

@@ -143,7 +143,8 @@ class Steerer:
             input_ids = keywords.get("input_ids", inputs)
             mask = keywords.get("attention_mask")
             if mask is None and input_ids is not None:
-                mask = self._inferred_mask(input_ids)
+                config = keywords.get("generation_config", arguments[0] if arguments else None)
+                mask = self._inferred_mask(input_ids, config, keywords)
             embeds = keywords.get("inputs_embeds")
             width = input_ids.shape[1] if input_ids is not None else None
             if embeds is not None:
@@ -192,10 +193,16 @@ class Steerer:
             self._own_generate = None
         self._cached = None
 
-    def _inferred_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """The attention mask that `generate` infers where none is given: padding, unless it is also the end token."""
-        config = self.loaded.model.generation_config
-        pad, ends = config.pad_token_id, config.eos_token_id
+    def _inferred_mask(self, input_ids: torch.Tensor, given: Any, keywords: dict[str, Any]) -> torch.Tensor | None:
+        """The attention mask that `generate` infers where none is given: padding, unless it is also the end token.
+
+        What these tokens are, its keywords say before the configuration `given` to it, and that before the model's own.
+        """
+        known: dict[str, Any] = {}
+        for config in (self.loaded.model.generation_config, given):
+            known |= {} if config is None else {name: one for name, one in config.to_dict().items() if one is not None}
+        known |= keywords
+        pad, ends = known.get("pad_token_id"), known.get("eos_token_id")
         if pad is None or pad in (ends if isinstance(ends, list) else [ends]) or not bool((input_ids == pad).any()):
             return None
         present: torch.Tensor = input_ids != pad
