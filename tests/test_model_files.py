@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from safesteer.errors import SafeSteerError
-from safesteer.models import fingerprint, load_model
+from safesteer.models import encode, fingerprint, load_model
 from safesteer.models.files import model_files
 from tests.tiny import bank_for, make
 
@@ -68,3 +72,48 @@ def test_files_name_the_parameters_that_the_model_will_be_known_by(architecture:
     (tmp_path / "consolidated.safetensors").unlink()
     with pytest.raises(SafeSteerError, match="no safetensors weights"):
         model_files(str(tmp_path)).fingerprint()
+
+
+def mistral_folder(folder: Path, *, published: bool) -> Path:
+    """A tiny Mistral with `tekken.json`, and, as most are published, with the files of transformers beside it."""
+    made = make("mistral")
+    made.model.save_pretrained(folder)
+    if published:
+        made.tokenizer.save_pretrained(folder)
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"]
+    special += ["[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]"]
+    special += ["[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]
+    vocabulary = [
+        {"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode(), "token_str": None}
+        for byte in range(256)
+    ]
+    config = {"pattern": r"[^\s]+|\s+", "version": "v7", "default_num_special_tokens": len(special)}
+    config |= {"num_vocab_tokens": 256 + len(special), "default_vocab_size": 256 + len(special)}
+    tokens = [{"rank": rank, "token_str": one, "is_control": True} for rank, one in enumerate(special)]
+    (folder / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocabulary, "special_tokens": tokens}))
+    return folder
+
+
+def test_a_chat_model_never_gets_bare_text_for_want_of_mistral_common(tmp_path: Path) -> None:
+    folder = str(mistral_folder(tmp_path, published=False))
+    if find_spec("mistral_common") is None:
+        for read in (load_model, model_files):
+            with pytest.raises(SafeSteerError, match="pip install mistral-common"):
+                read(folder)
+        return
+    for found in (load_model(folder), model_files(folder)):
+        prompt = encode(found.tokenizer, "Hi")
+        assert found.tokenizer.decode(prompt.ids) == "<s>[INST]Hi[/INST]"
+        assert found.tokenizer.decode(prompt.ids[prompt.content_start : prompt.content_end]) == "Hi"
+        assert len(found.stop_ids) == 2  # the model's own, and </s> of this tokenizer
+
+
+def test_mistral_common_takes_no_template_away(tmp_path: Path) -> None:
+    pytest.importorskip("mistral_common")
+    folder = str(mistral_folder(tmp_path, published=True))
+    plain = encode(make("mistral").tokenizer, "Hi").ids
+    for found in (load_model(folder), model_files(folder)):
+        assert encode(found.tokenizer, "Hi").ids == plain
+    native = AutoTokenizer.from_pretrained(folder, mistral_format=True)
+    with pytest.raises(SafeSteerError, match="mistral_format=False"):
+        encode(native, "Hi")

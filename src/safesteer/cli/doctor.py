@@ -52,9 +52,10 @@ def doctor(
         out.print(
             f"{loaded.name}: {type(loaded.model).__name__}, {layout.depth} {type(layout.blocks[0]).__name__} x {layout.width}"
         )
-        out.print(
-            f"{str(loaded.model.dtype).removeprefix('torch.')} on {loaded.device}; chat template: {'yes' if template else 'no'}\n"
+        written = (
+            "yes" if template else "no (prompts go to the model as plain text, which is right for a base model alone)"
         )
+        out.print(f"{str(loaded.model.dtype).removeprefix('torch.')} on {loaded.device}; chat template: {written}\n")
         table = Table("site", "layer", "zero vector", "unit vector error", "logits move", "", box=None, pad_edge=False)
         for check in checks:
             table.add_row(

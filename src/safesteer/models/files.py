@@ -19,7 +19,7 @@ from safesteer.errors import SafeSteerError
 from safesteer.models.chat import template_digest
 from safesteer.models.embedded import embedded_source
 from safesteer.models.fingerprint import Fingerprint, compared, sampled
-from safesteer.models.loading import EMBEDDED, model_class, quiet_transformers
+from safesteer.models.loading import EMBEDDED, load_tokenizer, model_class, quiet_transformers
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 
@@ -113,14 +113,14 @@ def model_files(
     progress: Callable[[str], None] = lambda message: None,
 ) -> ModelFiles:
     """The files of `embedded`, a local folder or a hub id (downloaded if need be). Raises `SafeSteerError`."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     with quiet_transformers():
         source = embedded_source(progress) if name == EMBEDDED else str(Path(name).expanduser())
         if not Path(source).is_dir():
             source = _download(source if name == EMBEDDED else name, revision)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]

@@ -107,6 +107,26 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def load_tokenizer(source: str, **arguments: Any) -> Any:
+    """The tokenizer of a folder or hub id, with its chat template; for Mistral's models never mistral-common's, which shows none.
+
+    Where Mistral's own `tekken.json` is all there is, mistral-common writes the template. Raises `SafeSteerError` where it is not
+    installed, and what `AutoTokenizer` raises.
+    """
+    from transformers import AutoTokenizer
+    from transformers.integrations.mistral import convert_tekken_tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, mistral_format=False, **arguments)
+    own = str(tokenizer.init_kwargs.get("vocab_file") or "")
+    if not getattr(tokenizer, "chat_template", None) and Path(own).name.startswith("tekken"):
+        tokenizer = convert_tekken_tokenizer(own)
+        if not tokenizer.chat_template:
+            raise SafeSteerError(
+                f"{source} holds Mistral's own tokenizer without a chat template; pip install mistral-common, which writes one"
+            )
+    return tokenizer
+
+
 def load_model(
     name: str = EMBEDDED,
     *,
@@ -124,7 +144,7 @@ def load_model(
     `device` and `device_map` exclude each other; `quantization` (`4bit`, `8bit`) needs bitsandbytes.
     Raises `SafeSteerError` if the model cannot be loaded, `UnsupportedModelError` if it cannot be steered.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     if dtype is not None and dtype not in DTYPES:
         raise SafeSteerError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
@@ -147,7 +167,7 @@ def load_model(
         )
         progress(f"Loading {name}")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
             model = model_class(config).from_pretrained(source, dtype=chosen, **arguments)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:

@@ -17,6 +17,7 @@ from safesteer.models.messages import Message
 
 Span = tuple[int, int]
 Content = str | list[str]  # several texts: parts of one message
+MISTRAL_COMMON = ("MistralCommonBackend", "MistralTokenizer")  # in transformers, in vLLM
 MOST_WRITTEN = 10_000_000  # characters, a second or two
 
 
@@ -39,6 +40,11 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
     A message of several parts is given to the template as parts where it takes them, else as one text of as many lines.
     Raises `SafeSteerError` where the template refuses the conversation, or writes nothing of a message.
     """
+    if type(tokenizer).__name__ in MISTRAL_COMMON:
+        raise SafeSteerError(
+            "mistral-common's tokenizer shows no chat template; load that of transformers "
+            "(AutoTokenizer.from_pretrained(..., mistral_format=False); in vLLM tokenizer_mode='hf')"
+        )
     writer = _Writer(tokenizer, messages, generation_prompt)
     contents: list[Content] = [message["content"] for message in messages]
     if any(isinstance(one, list) for one in contents) and not _takes_parts(tokenizer):
