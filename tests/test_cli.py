@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ def test_fit_a_category_of_ones_own_and_inspect_it(run: Run, bank: Path, folder:
     assert data["categories"]["breaking"]["count"] == 6
     assert data["provenance"]["model"] == str(folder / "model")
     assert data["provenance"]["versions"]["torch"]
+
+
+def test_inspect_says_what_the_gate_was_measured_on_and_how_far_directions_were_moved(
+    run: Run, bank: Path, tmp_path: Path
+) -> None:
+    opened = VectorBank.load(bank)
+    assert opened.gate is not None
+    said = " ".join(run("inspect", bank)[1].split())
+    opens = sum(one for one, _ in opened.gate.unseen.values())
+    assert f"took no part in the fit: {opens} of 120 open it" in said
+    assert "borrowed from the built-in pairs of others: breaking 91%" in said
+    # as a bank of before: the share of those that chose the threshold says nothing
+    older = replace(
+        opened.gate, quality={"opened_pool": 0.1, "opened_harmful": 0.9, "calm_prompts": 360, "calm_opened": 36}
+    )
+    replace(opened, gate=older).save(tmp_path / "older.safetensors")
+    said = " ".join(run("inspect", tmp_path / "older.safetensors")[1].split())
+    assert "false alarms were not measured on prompts that took no part" in said
+    assert "36 of 360" not in said
 
 
 def test_generate_compares_and_says_what_acted(run: Run, bank: Path) -> None:

@@ -181,6 +181,21 @@ def test_a_bank_that_was_written_before_its_directions_were_kept_says_what_is_le
     assert not any("before shrinkage" in note for note in about_bank.categories_section(made.study).notes)
 
 
+def test_how_often_a_gate_opens_is_shown_of_prompts_that_chose_nothing() -> None:
+    loaded = tiny.make("llama")
+    bank = gated(loaded)
+    assert bank.gate is not None
+    chose = {"auroc_against_pool": 0.9, "opened_pool": 0.1, "auroc_against_matched": 0.8, "opened_matched": 0.4}
+    for quality, said in (
+        (chose, "not measured"),
+        ({**chose, "unseen_pool": 60, "unseen_pool_opened": 9}, "9 of 60 (15%)"),
+    ):
+        rows = about_bank._gate(replace(bank.gate, quality=quality)).rows
+        assert [[cell.text for cell in row] for row in rows] == [
+            ["harmless pool", "0.900", said], ["harmless counterparts", "0.800", "40%"],
+        ]  # fmt: skip
+
+
 def test_names_of_columns_and_directions_are_no_categorys(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = replace(made.study.bank, categories=("shared", "direction"))
     found = cosine_map(bank, {"refusal": bank.directions[0]})

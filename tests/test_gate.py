@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from safesteer.activations import collect
 from safesteer.engines import GenerationSettings, Request, Steerer, generate
 from safesteer.errors import SafeSteerError
-from safesteer.models import LoadedModel
+from safesteer.models import LoadedModel, encode
 from safesteer.policy import Policy
+from safesteer.prompts import harmless_pool, soundalikes
+from safesteer.vectors import FitSettings, fit
 from safesteer.vectors import gate as gates
 from safesteer.vectors.gate import Gate, Turns, auroc, ridge, strongest
 from tests.test_invariants import TEXTS, batch, logits
-from tests.tiny import bank_for
+from tests.tiny import bank_for, prompts
 
 
 def fit_gate(turns: list[torch.Tensor], words: list[int], **rest: Any) -> Gate:
@@ -87,12 +90,64 @@ def test_the_risk_joins_ending_and_passage() -> None:
     assert gate.read([turn])[0].risk == pytest.approx(float(expected), abs=1e-4)
 
 
+def others(shift: float = 0.0, count: int = 400) -> Turns:
+    """Harmless turns that no gate was fitted on, drawn as those of `planted` are, moved towards risk by `shift`."""
+    generator = torch.Generator().manual_seed(11)
+    calm = torch.randn(count, 2, 8, 16, generator=generator) * 0.3 + 0.5 + shift * torch.eye(16)[0]
+    return Turns(list(calm), [6] * count)
+
+
+def opens(gate: Gate, turns: Turns) -> float:
+    found = gates.measured(gate, turns, ["pool"] * len(turns)).unseen["pool"]
+    return found[0] / found[1]
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.3])
 def test_the_gate_opens_for_as_many_harmless_prompts_as_asked(rate: float) -> None:
-    gate = fit_gate(**planted(), false_alarm=rate)  # type: ignore[arg-type]
-    assert gate.quality["calm_opened"] / gate.quality["calm_prompts"] == pytest.approx(rate, abs=0.02)
+    """Of others than those that chose its threshold, so that it might be otherwise."""
+    gate = fit_gate(**planted(200), false_alarm=rate)  # type: ignore[arg-type]
+    deviation = (
+        rate * (1 - rate) * (1 / 200 + 1 / 400)
+    ) ** 0.5  # of a threshold of 200 prompts, and of the count in 400
+    assert opens(gate, others()) == pytest.approx(rate, abs=3 * deviation)
     with pytest.raises(SafeSteerError, match="not between 0 and 1"):
         fit_gate(**planted(5), false_alarm=1.0)  # type: ignore[arg-type]
+
+
+def test_false_alarms_are_counted_among_prompts_that_chose_nothing() -> None:
+    """The share asked for holds of the prompts of the fit by construction; of others it may not, and then that is said."""
+    gate = fit_gate(**planted(), false_alarm=0.1)  # type: ignore[arg-type]
+    assert gate.unseen == {} and "opened_pool" not in gate.quality
+    assert opens(gate, others(1.0)) > 0.9
+    assert opens(gate, others(-1.0)) < 0.01
+    # few harmless prompts choose a threshold that holds for few others
+    data = planted(4)
+    few = [opens(fit_gate(**{**data, "turns": [one + 0.2 * torch.randn_like(one) for one in data["turns"]]}), others())  # type: ignore[attr-defined, arg-type]
+           for _ in range(4)]  # fmt: skip
+    assert max(abs(share - 0.1) for share in few) > 0.05
+
+
+def test_what_is_measured_is_what_the_gate_reads() -> None:
+    gate = fit_gate(**planted())  # type: ignore[arg-type]
+    turns = others(0.05, 50)
+    expected = sum(reading.opening > 0 for reading in gate.read(turns._turns))
+    assert 0 < expected < 50
+    assert gates.measured(gate, turns, ["pool"] * 20 + ["soundalike"] * 30).unseen["pool"][1] == 20
+    assert gates.measured(gate, turns, ["pool"] * 50).unseen == {"pool": (expected, 50)}
+
+
+def test_a_fit_measures_its_gate_on_the_harmless_prompts_of_the_tune_split(llama: LoadedModel) -> None:
+    counted: list[tuple[int, int]] = []
+    bank = fit(
+        llama, None, prompts(), FitSettings(layers=(1,), position="last", shrinkage=0.5),
+        progress=lambda done, total: counted.append((done, total)),
+    )  # fmt: skip
+    assert bank.gate is not None and counted[-1][0] == counted[-1][1]
+    for kind, texts in (("pool", harmless_pool()), ("soundalike", soundalikes())):
+        unseen = [encode(llama.tokenizer, text) for text in texts.split("tune").texts]
+        turns = collect(llama, unseen, bank.gate.layers, turn_layers=bank.gate.layers).turns
+        opened = sum(reading.opening > 0 for reading in bank.gate.read(turns))
+        assert bank.gate.unseen[kind] == (pytest.approx(opened, abs=1), len(unseen))
 
 
 def test_strongest_is_the_best_window() -> None:

@@ -70,20 +70,24 @@ def inspect(bank: options.BankArgument, json: options.AsJson = False) -> None:
         out.print(f"\nGate: reads layers {', '.join(map(str, opened.gate.layers))} (cross-validated on the fit split)")
         for kind in ("pool", "soundalike", "matched"):
             if f"auroc_against_{kind}" in quality:
-                out.print(
-                    f"  against {kind:<11} AUROC {quality[f'auroc_against_{kind}']:.3f}, "
-                    f"begins to open for {quality[f'opened_{kind}']:.1%} of them"
-                )
-        out.print(f"  begins to open for {quality['opened_harmful']:.1%} of harmful prompts")
+                out.print(f"  against {kind:<11} AUROC {quality[f'auroc_against_{kind}']:.3f}")
+        counterparts = f", {quality['opened_matched']:.1%} of their counterparts" if "opened_matched" in quality else ""
+        out.print(f"  begins to open for {quality['opened_harmful']:.1%} of harmful prompts{counterparts}")
         if "auroc_formed" in quality:
             out.print(
                 f"  in another form     AUROC {quality['auroc_formed']:.3f}, begins to open for "
                 f"{quality['opened_formed_harmful']:.1%} of harmful ones, {quality['opened_formed']:.1%} of harmless ones"
             )
-        if "calm_prompts" in quality:
-            opened_calm, calm = int(quality["calm_opened"]), int(quality["calm_prompts"])
+        unseen = opened.gate.unseen
+        if unseen:
+            opens, count = (sum(column) for column in zip(*unseen.values(), strict=True))
+            interval = wilson(opens, count)
+            kinds = ", ".join(f"{kind} {of[0]} of {of[1]}" for kind, of in unseen.items())
             out.print(
-                f"  false alarms asked for: {quality['false_alarm_asked']:.1%}; {opened_calm} of {calm} harmless prompts open it "
-                f"(95%: at most {wilson(opened_calm, calm).high:.1%} of such prompts)"
+                f"  false alarms asked for: {quality['false_alarm_asked']:.1%}; found on harmless prompts of the tune split, "
+                f"which took no part in the fit: {opens} of {count} open it ({interval.value:.1%}, 95%: {interval.low:.1%} to "
+                f"{interval.high:.1%}): {kinds}"
             )
+        else:
+            out.print("  false alarms were not measured on prompts that took no part in the fit; fit the bank again")
     show(opened)

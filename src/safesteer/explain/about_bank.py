@@ -5,6 +5,7 @@ Study -> Section (text, figures with their data, tables)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -119,19 +120,20 @@ def _gate_words(gate: Gate | None) -> str:
 
 def _gate(gate: Gate) -> Table:
     words = {"pool": "harmless pool", "soundalike": "sound-alikes", "matched": "harmless counterparts"}
+    unseen = {kind: f"{opened} of {count} ({percent(opened / count)})" for kind, (opened, count) in gate.unseen.items()}
+    crossed = {kind: percent(gate.quality.get(f"opened_{kind}", math.nan)) for kind in ("matched", "harmful")}
+    opens = {**dict.fromkeys(words, "not measured"), **unseen, **crossed}
     rows = [
-        [
-            Cell(words.get(kind, kind)),
-            Cell(f"{gate.quality[f'auroc_against_{kind}']:.3f}"),
-            Cell(percent(gate.quality[f"opened_{kind}"])),
-        ]
-        for kind in words
+        [Cell(name), Cell(f"{gate.quality[f'auroc_against_{kind}']:.3f}"), Cell(opens[kind])]
+        for kind, name in words.items()
         if f"auroc_against_{kind}" in gate.quality
     ]
-    opened = gate.quality.get("opened_harmful")
-    if opened is not None:
-        rows.append([Cell("harmful prompts"), Cell("–"), Cell(percent(opened))])
-    title = "How well the gate reads (cross-validated when the bank was fitted)"
+    if "opened_harmful" in gate.quality:
+        rows.append([Cell("harmful prompts"), Cell("–"), Cell(opens["harmful"])])
+    title = (
+        "How well the gate reads: cross-validated when the bank was fitted; how often it opens for the pool and sound-alikes, "
+        "on prompts that took no part in the fit (tune split)"
+    )
     return Table("gate", title, ("prompts", "AUROC of risk", "opens for"), rows, gate.quality)
 
 

@@ -34,7 +34,16 @@ from safesteer.prompts.forms import in_form
 from safesteer.prompts.sets import evenly
 from safesteer.vectors.bank import VectorBank
 from safesteer.vectors.directions import Method, clip_massive, direction, shrink, towards
-from safesteer.vectors.gate import FALSE_ALARM, Gate, Joined, Turns, TurnSource, check_false_alarm, fit_gate
+from safesteer.vectors.gate import (
+    FALSE_ALARM,
+    Gate,
+    Joined,
+    Turns,
+    TurnSource,
+    check_false_alarm,
+    fit_gate,
+    measured,
+)
 from safesteer.vectors.neurons import RiskNeurons, most_selective, neuron_activations
 
 Recipe = Literal["default", "paper"]
@@ -282,7 +291,8 @@ def fit(
     """Fit a bank.
 
     `prompts` are your own harmful prompts, each with its category; `categories` restricts them, or names built-in ones.
-    With neither, every built-in category is fitted. Only prompts of the `fit` split are read. `reader(settings, count)` makes
+    With neither, every built-in category is fitted. Only prompts of the `fit` split are read, and to measure the gate the
+    harmless ones of the `tune` split. `reader(settings, count)` makes
     what reads them, which calls `count` with the number of prompts just read; a model that is loaded reads them itself.
     `progress(done, total)` counts prompts. Raises `SafeSteerError` (or a subclass) with one sentence on what to do.
     """
@@ -303,12 +313,14 @@ def fit(
     sets = harmful_sets(categories, prompts)
     rows = _rows(sets, chosen)
     formed = _formed(rows) if chosen.gate else []
+    unseen = _unseen() if chosen.gate else []
     spoken = _answered(rows, sets, chosen) if "answer" in chosen.position else []
     lent = _lent(sets, chosen)
     paired = _paired(sets) if chosen.neurons else {}
     asked = (
         len(rows)
         + len(formed)
+        + len(unseen)
         + len(spoken)
         + len(lent) * ((chosen.position != "answer") + ("answer" in chosen.position))
     )
@@ -346,6 +358,10 @@ def fit(
         encoded_forms = _encode_all(subject.tokenizer, [row.text for row in formed])
         forms = reading.prompts(formed, encoded_forms, gate_layers, "residual", "last", gate_layers)[2]
         gate = _gate([*rows, *formed], Joined([part for part in (turns, forms) if part is not None]), chosen)
+        encoded_unseen = _encode_all(subject.tokenizer, [row.text for row in unseen])
+        others = reading.prompts(unseen, encoded_unseen, gate_layers, "residual", "last", gate_layers)[2]
+        if others is not None:
+            gate = measured(gate, others, [row.kind for row in unseen])
     neurons = None
     if isinstance(model, LoadedModel) and chosen.neurons:
         neurons = _neurons(model, paired, chosen.neurons, count)
@@ -556,6 +572,16 @@ def _formed(rows: Sequence[Row]) -> list[Row]:
         chosen = [row for row in rows if row.kind == kind][::step]
         formed += [replace(row, text=in_form(row.text, number), plain=False) for number, row in enumerate(chosen)]
     return formed
+
+
+def _unseen() -> list[Row]:
+    """Harmless prompts of the tune split, which choose nothing here: on them a gate is measured."""
+    kinds = {"pool": harmless_pool(), "soundalike": soundalikes()}
+    return [
+        Row(prompt.text, kind, None, f"{kind}/{prompt.identifier}")
+        for kind, texts in kinds.items()
+        for prompt in texts.split("tune")
+    ]
 
 
 def _gate(rows: Sequence[Row], turns: TurnSource, chosen: CompleteSettings) -> Gate:

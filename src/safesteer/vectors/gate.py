@@ -19,7 +19,8 @@ prompt and its matched counterpart share the topic and differ in risk. Some prom
 (`prompts.forms`), so that a form is not taken for a risk.
 `low` and `high` are quantiles of r over plain harmless prompts that took no part in the regression (cross-validated, folds by
 subtopic): the false-alarm rate asked for, where a gate begins to open, and `STEEPNESS` of it, where it stands fully open.
-Where r < low the prompt is left alone.
+Where r < low the prompt is left alone. Of those prompts just that share opens it, whatever the gate is worth; how many really do
+is counted among prompts that chose neither its weights nor its threshold (`measured`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -72,7 +73,7 @@ class Gate:
     `centres`: `[layers, width]`, the means; `weights`: `[1 + categories, 2 * layers * width]`, v and u, risk first;
     `biases`: `[1 + categories]`; `token_weights`: `[layers, width]`, w; `token_bias`; `calm`: `[2, 2]`, mean and standard
     deviation of a and of b over harmless prompts; `floors`: `[categories]`.
-    `quality` holds what cross-validation measured (AUROC of risk against each kind of harmless prompt).
+    `quality` holds what cross-validation measured (AUROC of risk against each kind of harmless prompt), and what `measured` did.
     """
 
     layers: tuple[int, ...]
@@ -87,6 +88,15 @@ class Gate:
     low: float
     high: float
     quality: dict[str, float]
+
+    @property
+    def unseen(self) -> dict[str, tuple[int, int]]:
+        """Of each kind of harmless prompt that took no part in the fit: for how many it begins to open, and of how many."""
+        ends = "unseen_", "_opened"
+        kinds = [
+            key.removeprefix(ends[0]) for key in self.quality if key.startswith(ends[0]) and not key.endswith(ends[1])
+        ]
+        return {kind: (int(self.quality[kind.join(ends)]), int(self.quality[ends[0] + kind])) for kind in kinds}
 
     def view(
         self, slot: int, states: torch.Tensor, spans: Sequence[tuple[int, int]]
@@ -375,28 +385,45 @@ def fit_gate(
         floors=torch.tensor(floors),
         low=low,
         high=high,
-        quality={
-            "false_alarm_asked": false_alarm,
-            "calm_prompts": int(calm.sum()),
-            "calm_opened": int((risk[calm] > low).sum()),
-            **_quality(risk, low, is_harmful, is_plain, kind),
-        },
+        quality={"false_alarm_asked": false_alarm, **_quality(risk, low, is_harmful, is_plain, kind, calm)},
     )
 
 
+def measured(gate: Gate, turns: TurnSource, kinds: Sequence[str]) -> Gate:
+    """The gate, with how often it opens for harmless prompts that took no part in its fit, by their `kinds` (`Gate.unseen`)."""
+    ends, _ = turns.summaries(gate.centres)
+    at_ends = ends @ gate.weights[0] + gate.biases[0]
+    passages = turns.passages(gate.token_weights.reshape(1, -1), gate.token_bias.reshape(1), [0] * len(turns))
+    opened = _join(torch.stack([at_ends, passages], dim=1), gate.calm) > gate.low
+    counts = Counter(kinds)
+    found = {f"unseen_{kind}": count for kind, count in counts.items()}
+    found |= {
+        f"unseen_{kind}_opened": sum(one == kind for one, yes in zip(kinds, opened.tolist(), strict=True) if yes)
+        for kind in counts
+    }
+    return replace(gate, quality={**gate.quality, **found})
+
+
 def _quality(
-    risk: torch.Tensor, low: float, harmful: torch.Tensor, plain: torch.Tensor, kinds: Sequence[str]
+    risk: torch.Tensor,
+    low: float,
+    harmful: torch.Tensor,
+    plain: torch.Tensor,
+    kinds: Sequence[str],
+    calm: torch.Tensor,
 ) -> dict[str, float]:
     """AUROC against each kind of harmless prompt, and the share of each kind that the gate begins to open for.
 
-    Prompts in another form count as `formed` (harmless) and `formed_harmful`.
+    Of the `calm` ones, which chose where it does, that share would be what was asked for. Prompts in another form count as
+    `formed` (harmless) and `formed_harmful`.
     """
     found: dict[str, float] = {}
     for kind in dict.fromkeys(kinds):
         rows = torch.tensor([one == kind for one in kinds]) & ~harmful & plain
         if bool(rows.any()):
             found[f"auroc_against_{kind}"] = round(auroc(risk[harmful & plain], risk[rows]), 4)
-            found[f"opened_{kind}"] = round(float((risk[rows] > low).double().mean()), 4)
+            if not bool((rows & calm).any()):
+                found[f"opened_{kind}"] = round(float((risk[rows] > low).double().mean()), 4)
     found["opened_harmful"] = round(float((risk[harmful & plain] > low).double().mean()), 4)
     if bool((harmful & ~plain).any()) and bool((~harmful & ~plain).any()):
         found["auroc_formed"] = round(auroc(risk[harmful & ~plain], risk[~harmful & ~plain]), 4)
