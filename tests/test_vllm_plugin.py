@@ -7,23 +7,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from safesteer.engines.vllm import options, reading_of, starting
-from safesteer.engines.vllm_collect import What
+from safesteer.engines.vllm_collect import Collector, What
+from safesteer.engines.vllm_fit import InVllm, what_to_read
 from safesteer.engines.vllm_seams import _configuring
-from safesteer.engines.vllm_worker import all_here
+from safesteer.engines.vllm_worker import Pass, all_here
 from safesteer.errors import SteeringError
-from safesteer.models.layout import find_layout
-from safesteer.vectors import VectorBank
+from safesteer.models import LoadedModel
+from safesteer.models.layout import find_layout, hidden_of
+from safesteer.prompts import PromptSet, harmless_pool, soundalikes
+from safesteer.vectors import FitSettings, VectorBank, fit
+from safesteer.vectors.fitting import CompleteSettings
 from tests.test_explain_attribution import gated
-from tests.tiny import make
+from tests.tiny import make, prompts
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
@@ -157,3 +164,64 @@ def test_an_engine_with_a_bank_spawns_its_processes(
         config = SimpleNamespace(**{**vars(plain), **given})
         assert _configuring(lambda engine, config=config: config)(None) is config
         assert os.environ.get(METHOD) == wanted
+
+
+class Engine:
+    """In place of vLLM's engines: a worker's `Collector`, and each prompt's states where a pass would have left them."""
+
+    def __init__(self, loaded: LoadedModel, what: What) -> None:
+        self.loaded, read = loaded, make("llama")
+        self.collector = Collector(
+            read.model, what, runner=1, tokens=512, dtype=torch.float32, held=range(read.layout.depth)
+        )
+        self.blocks = read.layout.blocks
+
+    def everywhere(self, method: str, *arguments: Any) -> None:
+        assert method == "give"
+        self.collector.given(*arguments)
+
+    @torch.inference_mode()
+    def map(self, method: str, tasks: Any) -> Iterator[tuple[int, Any]]:
+        assert method == "read"
+        for number, (several, jobs) in enumerate(tasks):
+            for ids, job in zip(several, jobs, strict=True):
+                given = SimpleNamespace(extra_args=replace(job, shard=str(number)).args())
+                one = np.array([len(ids)])
+                self.collector.fill(Pass(("request",), one, np.array([0]), one, lambda _name, given=given: given))
+                states: list[torch.Tensor] = []
+                handles = [
+                    block.register_forward_hook(lambda _m, _a, output, into=states: into.append(hidden_of(output)[0]))
+                    for block in self.loaded.layout.blocks
+                ]
+                self.loaded.layout.decoder(input_ids=torch.tensor([list(ids)]), use_cache=False)
+                for handle in handles:
+                    handle.remove()
+                for block, state in zip(self.blocks, states, strict=True):
+                    if hasattr(block, "safesteer_states"):
+                        block.safesteer_states[: len(ids)].copy_(state)
+            yield number, self.collector.collected(str(number))
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (1,)])
+def test_a_fit_whose_prompts_a_worker_reads_equals_one_that_reads_them_here(
+    layers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the gate reads the very layers whose directions are kept; and the gate is measured in both."""
+    for name, texts in (("harmless_pool", harmless_pool()), ("soundalikes", soundalikes())):
+        few = PromptSet((*texts.split("fit").prompts[:12], *texts.split("tune").prompts[:6]), name)
+        monkeypatch.setattr(f"safesteer.vectors.fitting.{name}", lambda few=few: few)
+    loaded = make("llama")
+    files = SimpleNamespace(width=32, stop_ids=set(), tokenizer=loaded.tokenizer)
+    settings = FitSettings(layers=layers, position="last", dose=0.3)
+
+    def reader(chosen: CompleteSettings, count: Callable[[int], None]) -> InVllm:
+        return InVllm(Engine(loaded, what_to_read(chosen)), files, chosen, count)  # type: ignore[arg-type]
+
+    here, there = (fit(loaded, None, prompts(), settings, reader=one) for one in (None, reader))
+    torch.testing.assert_close(there.directions, here.directions, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(there.unshrunk, here.unshrunk, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(there.residual_norms, here.residual_norms)
+    assert here.gate is not None and there.gate is not None
+    assert there.gate.unseen["pool"][1] == there.gate.unseen["soundalike"][1] == 6
+    assert there.gate.unseen == here.gate.unseen
+    assert there.gate.low == pytest.approx(here.gate.low, abs=0.02)  # whose states are kept in halves
