@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -54,9 +55,47 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink()
 
 
+def json_text(data: Any, indent: int | None = None) -> str:
+    """Plain data as JSON, which has no infinite and no undefined numbers: they become null."""
+    return json.dumps(_finite(data), ensure_ascii=False, indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def json_lines(rows: Iterable[Any]) -> str:
     """One JSON document a line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(map(json_text, rows))
+
+
+def mend_last_line(path: Path) -> None:
+    """End a file of JSON lines that a kill cut short: a half-written last line is cut off, a whole one gets its line end.
+
+    Nothing else in the file is touched, so that a kill in the middle of this loses nothing either.
+    """
+    with path.open("r+b") as file:
+        content = file.read()
+        last = content[content.rfind(b"\n") + 1 :]
+        if not last:
+            return
+        if is_json(last):
+            file.write(b"\n")
+        else:
+            file.truncate(len(content) - len(last))
+
+
+def is_json(text: bytes) -> bool:
+    """Whether `text` is a whole JSON document: of an object, no part is."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,9 +9,9 @@ import typer
 from rich.markup import escape
 
 from safesteer.cli import options
-from safesteer.cli.console import err, out, print_json
+from safesteer.cli.console import err, out
 from safesteer.errors import SafeSteerError
-from safesteer.files import json_lines
+from safesteer.files import json_lines, json_text
 
 HELP = """/steer hate=0.5 [privacy=off]  steer these categories and no others
 /default                       back to the bank's own policy
@@ -113,7 +113,8 @@ def chat(
             if steering is None:
                 err.print("There is no answer yet.")
             else:
-                print_json(steering)
+                out.file.write(json_lines([steering]) if json else json_text(steering, indent=2))
+                out.file.flush()
         elif command.startswith("/"):
             err.print(f"unknown command {escape(command)}; /help lists them")
         else:

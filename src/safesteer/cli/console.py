@@ -5,25 +5,34 @@ Results go to standard output, everything else (progress, notes, errors) to stan
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from safesteer.files import json_lines, write_text
+from safesteer.files import json_lines, json_text, write_text
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 
+def keep_for_results() -> None:
+    """Keep standard output for results: what libraries beneath Python and other processes print there goes to standard error."""
+    given = sys.__stdout__
+    if given is not None and given is sys.stdout and given.fileno() == 1:
+        given.flush()
+        sys.stdout = open(os.dup(1), "w", encoding=given.encoding, errors=given.errors, buffering=1)  # noqa: SIM115
+        os.dup2(2, 1)
+
+
 def print_json(data: Any) -> None:
     """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.write(json_text(data, indent=2))
     sys.stdout.flush()
 
 
@@ -34,7 +43,10 @@ def note(message: str) -> None:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[..., None]]:
-    """A bar on standard error (drawn only on a terminal); call it with (done, total), or (done, total, another label)."""
+    """A bar on standard error (drawn only on a terminal); call it with (done, total), or (done, total, another label).
+
+    What is printed meanwhile (by a library, or the code of a model) goes to standard error too.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -42,7 +54,7 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
+    with redirect_stdout(sys.stderr), Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(label, total=None, rate="")
 
         def update(done: int, total: int, stage: str = label) -> None:
@@ -57,8 +69,9 @@ def progress_bar(label: str) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def working(label: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on standard error while something of unknown length runs; call it to change the label."""
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True) as bar:
+    """A spinner on standard error while something of unknown length runs; call it to change the label. Prints go there too."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    with redirect_stdout(sys.stderr), Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda message: bar.update(task, description=message)
 

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import jinja2
 import typer
 from rich.console import Group
 from rich.padding import Padding
@@ -150,6 +149,8 @@ def model_label(name: str) -> str:
 
 def page(rows: list[dict[str, Any]], bank: VectorBank, model: str, timing: dict[str, float]) -> str:
     """The self-contained HTML page: before and after side by side, what was read, what acted."""
+    import jinja2
+
     template = (resources.files("safesteer.cli") / "templates" / "demo.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     gate = bank.gate

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 from rich.text import Text
 
@@ -10,11 +11,17 @@ from safesteer.cli import options
 from safesteer.cli.check import show
 from safesteer.cli.console import out, print_json
 from safesteer.cli.fit import category_table, summary
-from safesteer.vectors import VectorBank
+
+if TYPE_CHECKING:
+    import torch
+
+    from safesteer.vectors import VectorBank
 
 
 def cosines(bank: VectorBank) -> torch.Tensor:
     """Cosine between category directions, averaged over the layers where the first category acts: `[categories, categories]`."""
+    import torch
+
     slots = [bank.layers.index(layer) for layer in bank.acting_layers(bank.categories[0])] or [len(bank.layers) // 2]
     unit = torch.nn.functional.normalize(bank.directions[:, slots], dim=-1)
     return torch.einsum("alw,blw->ab", unit, unit) / len(slots)
@@ -35,6 +42,8 @@ def _moved(bank: VectorBank) -> str:
 
 def inspect(bank: options.BankArgument, json: options.AsJson = False) -> None:
     """Show a bank: categories, doses, how alike the directions are, the gate's quality, and where it all came from."""
+    from safesteer.vectors import VectorBank
+
     opened = VectorBank.load(bank)
     matrix = cosines(opened)
     if json:

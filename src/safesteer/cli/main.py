@@ -28,7 +28,7 @@ from safesteer.cli import (
     suites,
     tune,
 )
-from safesteer.cli.console import err
+from safesteer.cli.console import err, keep_for_results
 from safesteer.errors import SafeSteerError
 
 INTERRUPTED = 130
@@ -83,6 +83,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, _terminated)
+    keep_for_results()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

@@ -153,7 +153,7 @@ def _run(
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """One batch: token ids `[rows, tokens]`, and what acted on each row."""
     if steerer is None:
-        return loaded.model.generate(**arguments), [{"policy": "off", "acting": []}] * len(policies)
+        return loaded.model.generate(**arguments), [{"policy": "off", "acting": []} for _ in policies]
     steerer.assign(policies)
     with steerer:
         output: torch.Tensor = loaded.model.generate(**arguments)

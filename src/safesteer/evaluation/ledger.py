@@ -1,17 +1,20 @@
 """A ledger: finished work on disk, so that a killed evaluation goes on where it stopped.
 
-One JSON line an entry, `{"key": ..., "value": ...}`, appended as soon as the work is done. A line torn by a kill is dropped when
-the ledger is opened again. Keys say everything the value depends on, so an entry never goes stale.
+One JSON line an entry, `{"key": ..., "value": ...}`, appended as soon as the work is done. A line torn by a kill is passed over,
+and cut off before the next entry is kept; no other line is ever touched. Keys say everything the value depends on, so an entry
+never goes stale.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from safesteer.errors import SafeSteerError
+from safesteer.files import is_json, mend_last_line
 
 
 def key_of(*parts: Any) -> str:
@@ -28,12 +31,11 @@ class Ledger:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes() if path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]
-            for line in whole.decode("utf-8").split("\n")[:-1]:
+            *lines, last = content.split(b"\n")
+            for line in (*lines, last) if is_json(last) else lines:
                 entry = json.loads(line)
                 self._entries[entry["key"]] = entry["value"]
-            if len(whole) < len(content):
-                path.write_bytes(whole)
+            self._ends_whole = not last
         except OSError as error:
             raise SafeSteerError(f"{path} cannot be used ({error.strerror}); choose another --out") from None
         except (ValueError, KeyError, TypeError):
@@ -43,15 +45,19 @@ class Ledger:
         return key in self._entries
 
     def get(self, key: str) -> Any:
-        """The value of `key`, or None."""
-        return self._entries.get(key)
+        """The value of `key`, or None: the caller's own."""
+        return copy.deepcopy(self._entries.get(key))
 
     def put(self, key: str, value: Any) -> None:
         """Keep `value` under `key`, on disk at once."""
         line = json.dumps({"key": key, "value": value}, ensure_ascii=False)
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            if not self._ends_whole:
+                mend_last_line(self.path)
+            self._ends_whole = False
+            with self.path.open("ab") as file:
+                file.write(line.encode() + b"\n")
+            self._ends_whole = True
         except OSError as error:
             raise SafeSteerError(
                 f"{self.path} cannot be written ({error.strerror}); make room and run it again"

@@ -32,7 +32,7 @@ from safesteer.explain.about_bank import bank_section, categories_section, geome
 from safesteer.explain.one_prompt import PromptView, prompt_section
 from safesteer.explain.pieces import Drawn, Group, Row, Section, Shaded, Table
 from safesteer.explain.study import Study
-from safesteer.files import check_writable, write_atomically, write_text
+from safesteer.files import check_writable, json_text, write_atomically, write_text
 
 PAGE = "explain.html"
 INDEX = "data/index.json"
@@ -137,9 +137,7 @@ def write(
 
 def _data(name: str, data: Any, rows: Sequence[Row]) -> dict[str, str | bytes]:
     """`data/NAME.json`, and `data/NAME.csv` where there are rows."""
-    files: dict[str, str | bytes] = {
-        f"data/{name}.json": json.dumps(_finite(data), ensure_ascii=False, indent=1) + "\n"
-    }
+    files: dict[str, str | bytes] = {f"data/{name}.json": json_text(data, indent=1)}
     if rows:
         stream = io.StringIO()
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
@@ -147,15 +145,6 @@ def _data(name: str, data: Any, rows: Sequence[Row]) -> dict[str, str | bytes]:
         writer.writerows(rows)
         files[f"data/{name}.csv"] = stream.getvalue()
     return files
-
-
-def _finite(data: Any) -> Any:
-    """Plain data whose numbers are all JSON: what is infinite or undefined becomes null."""
-    if isinstance(data, dict):
-        return {str(key): _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not abs(data) < float("inf") else data
 
 
 def _earlier(folder: Path) -> list[str]:

@@ -31,6 +31,7 @@ from typing import Any
 
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.ledger import key_of
+from safesteer.files import mend_last_line
 from safesteer.judges.base import in_sample
 from safesteer.tuning.candidates import Candidate, Space, applied, search_space
 from safesteer.tuning.trial import BEATEN, BREAKS, OVERFLOW, UNSELECTIVE, WEAK, Assessment, Bench, assess
@@ -195,12 +196,14 @@ def _journal(work: Path) -> Any:
     path = work.resolve() / "study.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            whole = path.read_bytes()
-            whole = whole[: whole.rfind(b"\n") + 1]
-            if len(whole) < path.stat().st_size:
-                path.write_bytes(whole)
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+        lock = JournalFileOpenLock(str(path))
+        lock.acquire()
+        try:
+            if path.exists():
+                mend_last_line(path)
+        finally:
+            lock.release()
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except OSError as error:
         raise SafeSteerError(
             f"the study cannot be kept in {work} ({error.strerror}); give another folder with --work"
