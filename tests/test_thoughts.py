@@ -14,8 +14,11 @@ from transformers import AddedToken
 from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.check import checked
+from safesteer.evaluation.conditions import conditions
+from safesteer.evaluation.run import EvaluationSettings, evaluate
+from safesteer.evaluation.suites import Suite, SuiteRow
 from safesteer.integrations import open_bank
-from safesteer.judges import failed
+from safesteer.judges import Judgement
 from safesteer.models import EncodedPrompt, LoadedModel, encode, fingerprint
 from safesteer.models.thoughts import Said, Thoughts
 from safesteer.policy import Policy
@@ -23,6 +26,7 @@ from safesteer.refusal import refusal_direction
 from safesteer.server.app import Serving, make_app
 from safesteer.server.authority import Authority, Clients
 from safesteer.server.on_transformers import TransformersEngine
+from safesteer.tuning.trial import Bench, assess
 from tests.tiny import TEMPLATE, Run, bank_for, make, prompts, tokenizer
 
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
@@ -161,24 +165,32 @@ class Scripted:
         loaded.model.resize_token_embeddings(len(one) + 60)
         self.loaded = replace(loaded, tokenizer=one)
         self.script: list[int] = []
-        self._prompt = 0
+        self.other: list[int] = []  # for prompts with a `z`
         loaded.model.register_forward_pre_hook(self._before, with_kwargs=True)
         loaded.model.register_forward_hook(self._after)
 
-    def say(self, text: str) -> LoadedModel:
+    def say(self, text: str, other: str | None = None) -> LoadedModel:
         """`$` ends it."""
-        body, ends, _ = text.partition("$")
-        self.script = self.loaded.tokenizer(body, add_special_tokens=False)["input_ids"] + ([257] if ends else [])
+        self.script, self.other = self._ids(text), self._ids(text if other is None else other)
         return self.loaded
 
+    def _ids(self, text: str) -> list[int]:
+        body, ends, _ = text.partition("$")
+        return list(self.loaded.tokenizer(body, add_special_tokens=False)["input_ids"]) + ([257] if ends else [])
+
     def _before(self, _module: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
-        self._place = 0 if keywords["input_ids"].shape[1] > 1 else self._place + 1
+        ids = keywords["input_ids"]
+        self._place = 0 if ids.shape[1] > 1 else self._place + 1
+        if not self._place:
+            [letter] = self.loaded.tokenizer("z", add_special_tokens=False)["input_ids"]
+            self._rows = [self.other if letter in row else self.script for row in ids.tolist()]
 
     def _after(self, _module: Any, _arguments: Any, output: Any) -> Any:
         if not self.script:
             return output
         output.logits[:, -1] = 0
-        output.logits[:, -1, self.script[min(self._place, len(self.script) - 1)]] = 9.0
+        for row, script in enumerate(self._rows):
+            output.logits[row, -1, script[min(self._place, len(script) - 1)]] = 9.0
         return output
 
 
@@ -302,23 +314,70 @@ def test_a_check_and_a_refusal_direction_need_answers(scripted: Scripted, monkey
     """Thoughts are neither judged nor taken for compliance."""
     bank = bank_for(make("llama"))
     bank = replace(bank, model=fingerprint(scripted.loaded))
-    seen: list[str] = []
-
-    class Reads:
-        name = "reads"
-
-        def judge(self, exchanges: Any, progress: Any = None) -> Any:
-            seen.extend(one.response for one in exchanges)
-            return [failed("-") for _ in exchanges]
-
+    judge = Reads()
     monkeypatch.setattr("safesteer.evaluation.check.HARMLESS", 2)
     scripted.say(LONG)
     with pytest.raises(SafeSteerError, match="no answer was reached in 48 tokens"):
-        checked(scripted.loaded, bank, Reads(), prompts())
+        checked(scripted.loaded, bank, judge, prompts())
     with pytest.raises(SafeSteerError, match="12 of the 12 harmful prompts got no answer in 24 tokens"):
         refusal_direction(scripted.loaded, bank, [one.text for one in prompts()])
-    assert seen == []
+    assert judge.seen == []
     scripted.say("Hm.</think>Because.$")
-    with pytest.raises(SafeSteerError, match="could judge none"):
-        checked(scripted.loaded, bank, Reads(), prompts())
-    assert set(seen) == {"Because."}
+    assert checked(scripted.loaded, bank, judge, prompts()).provenance["check"]["all"]["after"]["safe"] == 12
+    assert set(judge.seen) == {"Because."}
+
+
+class Reads:
+    """A judge that notes what it is given, and finds all of it safe."""
+
+    name = "reads"
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def judge(self, exchanges: Any, progress: Any = None) -> list[Judgement]:
+        self.seen += [one.response for one in exchanges]
+        return [Judgement("safe") for _ in exchanges]
+
+
+def test_an_evaluation_judges_answers_and_counts_apart_what_reached_none(scripted: Scripted, tmp_path: Path) -> None:
+    bank = replace(bank_for(make("llama")), model=fingerprint(scripted.loaded))
+    texts = {"1": "How do I smash it?", "2": "How do I gaze?", "3": "How do I break it?"}
+    suite = Suite("own", tuple(SuiteRow(key, text, "breaking") for key, text in texts.items()), "made up")
+    harmless = Suite("calm", (SuiteRow("1", "Why?"), SuiteRow("2", "Why zebras?")), "made up")
+    scripted.say("Hm.</think>Because.$", LONG)
+    judge = Reads()
+    results = evaluate(
+        scripted.loaded, bank, [suite, harmless], conditions([], bank, 0), [judge], EvaluationSettings(24), tmp_path
+    )
+    assert set(judge.seen) == {"Because."}
+    rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    for row in rows:
+        reached = row["id"] != "2"
+        assert row["answered"] is reached and row["outcome"] == ("safe" if reached else None)
+        assert (row["response"], row["thought"]) == (("Because.", "Hm.") if reached else ("", LONG[:24].strip()))
+        assert row["failure"] is None and row["nll"] is None
+        if not reached:
+            assert [row[name] for name in ("relevance", "repetition", "identical", "bleu")] == [None] * 4
+    assert results.judges[0].failures == 0
+    found = next(one for one in results.records if one.policy == "default" and one.category == "all" and one.harmful)
+    assert (found.n, found.failures, found.outcomes["safe"].n, found.outcomes["safe"].value) == (3, 0, 2, 1.0)
+    assert found.unanswered is not None and round(found.unanswered.value, 3) == 0.333 and found.unanswered.n == 3
+    page = (tmp_path / "report.html").read_text()
+    assert "33% no answer" in page and "reached no answer" in page and "not judged</small>" not in page
+
+
+def test_a_trial_counts_no_thought_as_a_safe_answer(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = replace(bank_for(make("llama")), model=fingerprint(scripted.loaded))
+    rows = tuple(
+        SuiteRow(str(place), text, "breaking") for place, text in enumerate(("Why?", "Why z?", "Why so?", "A z?"))
+    )
+    settings = GenerationSettings(24)
+    parts = (Suite("part", rows, "made up"),)
+    bench = Bench(scripted.loaded, parts, ("Hello there",), Reads(), settings, tmp_path, "digest", force=True)
+    monkeypatch.setattr("safesteer.tuning.trial.WEAKEST", -1.0)  # what it says is settled: no next token moves
+    scripted.say("Hm.</think>Because.$", LONG)
+    found = assess(bench, bank)
+    assert (found.n, found.safe, found.failures, found.counts["breaking"]) == (4, 0.5, 0, {"safe": 2, "unanswered": 2})

@@ -44,14 +44,25 @@ def _tables(results: Results) -> Iterator[Table]:
         title = f"{escape(suite)} ({kind} prompts), judged by {escape(results.judges[0].name)}; percent, 95% intervals"
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("policy", no_wrap=True)
-        for column in ("n", "safe", "unsafe", "refusal", "off topic", "degenerate", "same"):
+        thinks = any(record.unanswered for record in records)
+        for column in (
+            "n",
+            "safe",
+            "unsafe",
+            "refusal",
+            "off topic",
+            "degenerate",
+            "same",
+            *(["no answer"] if thinks else []),
+        ):
             table.add_column(column, justify="right", no_wrap=True)
         for record in records:
             table.add_row(
                 escape(record.policy),
-                str(record.n - record.failures),
+                str(max((one.n for one in record.outcomes.values()), default=0)),
                 *(_percent(record.outcomes.get(name)) for name in NAMES),
                 f"{100 * record.identical.value:.0f}" if record.identical else "",
+                *([_percent(record.unanswered)] if thinks else []),
                 style="" if record.policy in controls else "bold",
             )
         yield table

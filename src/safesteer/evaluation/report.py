@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 from safesteer import taxonomy
 from safesteer.evaluation.results import ALL, Interval, JudgeRecord, Measure, Record, Results
 from safesteer.evaluation.statistics import effective, measure, perplexity, wilson
-from safesteer.evaluation.summary import cluster_of
+from safesteer.evaluation.summary import cluster_of, failed
 from safesteer.judges.base import Outcome, count_leanings, in_sample_text, leanings_text
 from safesteer.prompts.lint import NEAR
 
@@ -430,7 +430,8 @@ def headline(results: Results, responses: Sequence[Row], shown: Sequence[ShownCo
         else None,
         "suites": list(dict.fromkeys(row["suite"] for row in rows)),
         "wrapped": any(row.get("wrapper") for row in rows),
-        "failures": sum(row["outcome"] is None for row in rows),
+        "failures": sum(failed(row) for row in rows),
+        "unanswered": sum(not row.get("answered", True) for row in rows),
         "leanings": count_leanings(row.get("leaning") for row in rows if row["outcome"] is None),
         "chart": interval_dots(lines, "Safe-completion rate of every condition"),
     }
@@ -545,6 +546,7 @@ def _answer(row: Row) -> dict[str, Any]:
         "response": row["response"],
         "outcome": row["outcome"],
         "failure": row.get("failure"),
+        "answered": row.get("answered", True),
         "identical": row.get("identical"),
         "acted": [acting_text(one) for one in steering.get("acting", ())],
         "read": reading_text(steering.get("reading")),

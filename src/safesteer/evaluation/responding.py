@@ -15,6 +15,7 @@ from safesteer.evaluation.conditions import Condition
 from safesteer.evaluation.ledger import Ledger, key_of
 from safesteer.evaluation.suites import Suite, SuiteRow
 from safesteer.models import LoadedModel, encode
+from safesteer.models.thoughts import Said
 from safesteer.policy import plan
 from safesteer.vectors import Reading
 
@@ -45,7 +46,8 @@ def respond(
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
     """One plain row a (condition, suite, prompt): `policy, suite, id, category, label, wrapper, resembles, cluster, prompt,
-    response, reference, steering, tokens, seconds`, in the order of conditions, suites and rows.
+    response, thought, answered, reference, steering, tokens, seconds`, in the order of conditions, suites and rows. Where a
+    thought came to no answer, `response` is empty and `answered` false.
 
     Chunks that the ledger holds are not generated again. `progress` counts rows, those of the ledger included.
     """
@@ -66,6 +68,7 @@ def respond(
                         [
                             {
                                 "response": one.text,
+                                "thought": one.thought,
                                 "steering": one.steering,
                                 "tokens": one.tokens,
                                 "seconds": one.seconds,
@@ -115,6 +118,7 @@ def respond_where_acting(
         for row, one in zip(suite, plans, strict=True):
             kept = {
                 "response": plain[row.identifier]["response"],
+                "thought": plain[row.identifier]["thought"],
                 "tokens": 0,
                 "seconds": 0.0,
                 "steering": one.to_json(),
@@ -137,6 +141,8 @@ def _row(condition: Condition, suite: Suite, row: SuiteRow, answer: dict[str, An
         "cluster": row.cluster,
         "prompt": row.prompt,
         "response": answer["response"],
+        "thought": answer["thought"],
+        "answered": Said(answer["response"], answer["thought"]).answered,
         "reference": row.reference,
         "steering": steering,
         "tokens": answer["tokens"],

@@ -39,7 +39,8 @@ class Record(_Model):
     `outcomes` has the five outcome rates over the judged responses; `nll` is the mean negative log-likelihood of a token in
     nats, whose exponential is the perplexity. Absent measures (None) do not apply: no reference, a harmful suite, or nothing
     judged. `failures` counts responses whose judge failed; they are in no rate. `leanings` counts them by the side their
-    unreadable judgement leaned to: `unsafe`, `safe` or `neither`.
+    unreadable judgement leaned to: `unsafe`, `safe` or `neither`. `unanswered` is the share of all `n` that reached no answer
+    because their tokens went into a thought (None: the model does not think); they are in no other rate, and no failure.
     """
 
     policy: str
@@ -49,6 +50,7 @@ class Record(_Model):
     n: int
     failures: int
     leanings: dict[str, int] = Field(default_factory=dict)
+    unanswered: Measure | None = None
     outcomes: dict[str, Measure]
     relevance: Measure | None = None
     nll: Measure | None = None

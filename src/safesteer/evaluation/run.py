@@ -130,8 +130,12 @@ def evaluate(
         )  # fmt: skip
 
     shown = {condition.name for condition in conditions}
-    judge_records = _judge(rows, judges, shown, work, stage)
-    _measure(loaded, rows, work, model_digest, stage)
+    answered = [row for row in rows if row["answered"]]
+    for row in rows:
+        row |= {"judges": {}, "outcome": None, "scores": {}, "failure": None, "leaning": None}
+        row |= {"relevance": None, "repetition": None, "nll": None}
+    judge_records = _judge(answered, judges, shown, work, stage)
+    _measure(loaded, answered, work, model_digest, stage)
     _compare(rows)
     _diverge(loaded, rows, conditions, work, model_digest, force, stage)
 
@@ -173,7 +177,7 @@ def _judge(
         tick = stage(label, len(rows))
         said = judge_all(judge, rows, Ledger(work / f"judge-{key_of(judge.name)}.jsonl"), tick)
         for row, one in zip(rows, said, strict=True):
-            row.setdefault("judges", {})[judge.name] = one.outcome
+            row["judges"][judge.name] = one.outcome
             if number == 0:
                 row.update(outcome=one.outcome, scores={k: round(v, 4) for k, v in one.scores.items()})
                 row |= {"failure": one.failure, "leaning": one.leaning}
@@ -205,11 +209,15 @@ def _measure(
     model_digest: str,
     stage: Callable[[str, int], Callable[[int], None]],
 ) -> None:
-    """Relevance, repetition and negative log-likelihood of every row; equal exchanges are measured once."""
+    """Relevance, repetition and negative log-likelihood of every row; equal exchanges are measured once.
+
+    An answer after a thought has no likelihood here: it was not said after the prompt alone.
+    """
     relevance = Relevance()
     for row, value in zip(rows, relevance.score([exchange_of(row) for row in rows]), strict=True):
         row["relevance"] = round(value, 4)
         row["repetition"] = round(repetition(row["response"]), 4)
+    rows = [row for row in rows if row["thought"] is None]
     ledger = Ledger(work / "nll.jsonl")
     keys = [key_of("nll", model_digest, row["prompt"], row["response"]) for row in rows]
     waiting = {key: row for key, row in zip(keys, rows, strict=True) if key not in ledger}
@@ -229,14 +237,14 @@ def _measure(
 
 def _compare(rows: list[dict[str, Any]]) -> None:
     """`identical` to unsteered, and BLEU and ROUGE-L: against the reference, else on harmless prompts against unsteered."""
-    plain = {(row["suite"], row["id"]): row["response"] for row in rows if row["policy"] == CONTROL}
+    plain = {(row["suite"], row["id"]): row["response"] for row in rows if row["policy"] == CONTROL and row["answered"]}
     pairs = []
     for row in rows:
-        own = plain.get((row["suite"], row["id"]))
+        own = plain.get((row["suite"], row["id"])) if row["answered"] else None
         row["identical"] = None if own is None or row["policy"] == CONTROL else row["response"] == own
         against = row["reference"] or (own if row["category"] is None and row["policy"] != CONTROL else None)
         row["bleu"] = row["rouge_l"] = None
-        if against is not None:
+        if against is not None and row["answered"]:
             pairs.append((row, against))
     scores = overlaps([row["response"] for row, _ in pairs], [against for _, against in pairs])
     for (row, _), (bleu, rouge) in zip(pairs, scores, strict=True):

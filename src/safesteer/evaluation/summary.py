@@ -2,8 +2,9 @@
 
     difference(policy) = mean over prompts i judged under both of ( x_i(policy) - x_i(unsteered) )
 
-Responses whose judge failed are in no rate; their number is in `failures`, by the side they leaned to in `leanings`. Rows of
-one `cluster` (wrappings of one prompt) are not taken for independent.
+Responses whose judge failed are in no rate; their number is in `failures`, by the side they leaned to in `leanings`. So are
+thoughts that came to no answer, which were not judged: `unanswered` is their share of all. Rows of one `cluster`
+(wrappings of one prompt) are not taken for independent.
 """
 
 from __future__ import annotations
@@ -44,6 +45,19 @@ def _outcome(name: str) -> Callable[[Row], float | None]:
     return lambda row: None if row["outcome"] is None else float(row["outcome"] == name)
 
 
+def failed(row: Mapping[str, Any]) -> bool:
+    """Whether there is an answer that the judge could not judge."""
+    return row["outcome"] is None and bool(row.get("answered", True))
+
+
+def _thinks(row: Row) -> bool:
+    return row.get("thought") is not None
+
+
+def _unanswered(row: Row) -> float:
+    return float(not row.get("answered", True))
+
+
 def _steered(row: Row) -> float:
     return float(bool(row["steering"]["acting"]))
 
@@ -53,6 +67,7 @@ def record(
 ) -> Record:
     """The record of one policy on some rows of a suite; `control` holds the unsteered rows by id."""
     judged = [row for row in rows if row["outcome"] is not None]
+    own = [control[row["id"]] for row in rows if row["id"] in control]
     outcomes = {name: _measure(judged, control, _outcome(name), True) for name in OUTCOMES} if judged else {}
     return Record(
         policy=policy,
@@ -60,8 +75,9 @@ def record(
         category=category,
         harmful=harmful,
         n=len(rows),
-        failures=len(rows) - len(judged),
-        leanings=count_leanings(row.get("leaning") for row in rows if row["outcome"] is None),
+        failures=sum(failed(row) for row in rows),
+        leanings=count_leanings(row.get("leaning") for row in rows if failed(row)),
+        unanswered=_measure(rows, control, _unanswered, True) if any(map(_thinks, [*rows, *own])) else None,
         outcomes={name: found for name, found in outcomes.items() if found is not None},
         relevance=_measure(rows, control, _field("relevance"), False),
         nll=_measure(rows, control, _field("nll"), False),

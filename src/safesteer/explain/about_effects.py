@@ -143,7 +143,7 @@ def _dose_rows(found: DoseResponse) -> list[Row]:
     for one in found.doses:
         row: dict[str, object] = {"strength": one.strength}
         row |= {str(outcome): count for outcome, count in one.outcomes.items()}
-        row["not_judged"] = one.failures
+        row["not_judged"], row["no_answer"] = one.failures, one.unanswered
         row["perplexity"] = None if one.nll is None else round(perplexity(one.nll.value), 3)
         for name, measured in (("harmful", one.harmful), ("random", one.control), ("harmless", one.harmless)):
             row |= {f"kl_{name}": round(measured.value, 4), f"kl_{name}_low": round(measured.low, 4)}

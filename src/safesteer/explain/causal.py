@@ -18,13 +18,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from safesteer.engines import GenerationSettings, Request, Steerer, generate
+from safesteer.engines import GenerationSettings, Request, Response, Steerer, generate
 from safesteer.errors import SafeSteerError
 from safesteer.evaluation.measures import negative_log_likelihoods
 from safesteer.evaluation.results import Interval
 from safesteer.evaluation.statistics import ERROR, mean, paired_p, paired_rates
 from safesteer.explain.neurons import PairReading, read_pairs
-from safesteer.judges.base import OUTCOMES, Exchange, Judge, Outcome
+from safesteer.judges.base import OUTCOMES, Exchange, Judge, Outcome, judge_answers
 from safesteer.models import LoadedModel
 from safesteer.policy import CategoryPolicy, Policy
 from safesteer.prompts import PromptSet, harmless_pool
@@ -43,10 +43,10 @@ PAIRS = 32
 class CausalCheck:
     """What holding neurons did. Everything is in the order of `prompts`, (category, text).
 
-    `outcomes`: None where the judge failed. `change`: unsafe rate with the selective neurons held less that with random
-    ones, over prompts where both were judged (None: no prompt was), with its 95% interval, and `p` of the paired test.
-    `nll`: mean negative log-likelihood, in nats, of the unsteered model's answers to harmless prompts, read under each
-    condition (None: all those answers are empty).
+    `outcomes`: None where the judge failed, or a thought came to no answer. `change`: unsafe rate with the selective neurons
+    held less that with random ones, over prompts where both were judged (None: no prompt was), with its 95% interval, and
+    `p` of the paired test. `nll`: mean negative log-likelihood, in nats, of the unsteered model's answers to harmless prompts,
+    read under each condition (None: all those answers are empty, or came after a thought).
     """
 
     held: int
@@ -74,7 +74,7 @@ class CausalCheck:
         """What came out, for a reader."""
         what = f"Holding the {self.held} most selective neurons of a prompt's category at their harmless level"
         if self.change is None:
-            return f"{what} could not be judged: the judge failed on every prompt."
+            return f"{what} could not be judged: the judge failed on every prompt, or no answer was reached."
         value, low, high = (100 * edge for edge in (self.change.value, self.change.low, self.change.high))
         broken = {condition: one["degenerate"] for condition, one in self.counts.items()}
         return (
@@ -123,22 +123,22 @@ def suppress(
     banks = _banks(bank, read, names, top, seed)
     policies = {name: Policy(name="neurons", categories={name: _HELD}) for name in names}
     settings = GenerationSettings(max_new_tokens)
-    answers: dict[Condition, tuple[str, ...]] = {}
+    given: dict[Condition, list[Response]] = {}
     ordinary = harmless_pool().split("tune").texts[: max(ORDINARY, len(policies))]
     plain = [Request(text) for _, text in asked] + [Request(text) for text in ordinary]
-    said = [one.text for one in generate(loaded, None, plain, settings)]
+    said = generate(loaded, None, plain, settings)
     progress(len(asked))
-    answers["unsteered"], harmless = tuple(said[: len(asked)]), said[len(asked) :]
+    given["unsteered"] = said[: len(asked)]
+    harmless = [one.text if one.thought is None else "" for one in said[len(asked) :]]
     for condition, one in banks.items():
         requests = [Request(text, policies[name]) for name, text in asked]
-        steered = generate(loaded, one, requests, settings, force=force, progress=progress)
-        answers[condition] = tuple(one.text for one in steered)
+        given[condition] = generate(loaded, one, requests, settings, force=force, progress=progress)
     exchanges = [
-        Exchange(text, answer, name)
+        Exchange(text, answer.text, name) if answer.answered else None
         for condition in CONDITIONS
-        for (name, text), answer in zip(asked, answers[condition], strict=True)
+        for (name, text), answer in zip(asked, given[condition], strict=True)
     ]
-    judged = [one.outcome for one in judge.judge(exchanges)]
+    judged = [None if one is None else one.outcome for one in judge_answers(judge, exchanges)]
     outcomes = {
         condition: tuple(judged[slot * len(asked) : (slot + 1) * len(asked)])
         for slot, condition in enumerate(CONDITIONS)
@@ -151,6 +151,7 @@ def suppress(
     pair = [one for one, _ in both], [other for _, other in both]
     change, p = (paired_rates(*pair), paired_p(*pair)) if both else (None, 1.0)
     nll = _ordinary(loaded, banks, policies, ordinary, harmless, force)
+    answers = {condition: tuple(one.text for one in said) for condition, said in given.items()}
     return CausalCheck(top, judge.name, tuple(asked), answers, outcomes, change, p, nll)
 
 

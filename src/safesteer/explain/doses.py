@@ -27,7 +27,7 @@ from safesteer.errors import SafeSteerError
 from safesteer.evaluation.measures import negative_log_likelihoods
 from safesteer.evaluation.results import Interval
 from safesteer.evaluation.statistics import mean, paired_p, paired_rates
-from safesteer.judges.base import OUTCOMES, Exchange, Judge, Outcome
+from safesteer.judges.base import OUTCOMES, Exchange, Judge, Outcome, judge_answers
 from safesteer.models import LoadedModel
 from safesteer.next_token import divergences_of
 from safesteer.policy import Policy
@@ -42,8 +42,9 @@ Asked = list[tuple[str, str]]
 class Dose:
     """What one strength did.
 
-    `outcomes` counts all five; `failures` those that the judge could not judge. `nll`: mean of the answers that are not empty
-    (None: all are). `harmful`, `control` (random directions) and `harmless`: mean next-token KL in nats, 95% interval.
+    `outcomes` counts all five; `failures` those that the judge could not judge; `unanswered` thoughts that came to no answer,
+    and were not judged. `nll`: mean of the answers that are not empty and came without a thought (None: none does).
+    `harmful`, `control` (random directions) and `harmless`: mean next-token KL in nats, 95% interval.
     """
 
     strength: float
@@ -53,6 +54,7 @@ class Dose:
     harmful: Interval
     control: Interval
     harmless: Interval
+    unanswered: int = 0
 
     @property
     def judged(self) -> int:
@@ -145,8 +147,17 @@ def dose_response(
     rows = [(name, text, policy) for own in policies for (name, text), policy in zip(asked, own, strict=True)]
     requests = [Request(text, policy) for _, text, policy in rows]
     said = generate(loaded, bank, requests, GenerationSettings(max_new_tokens), force=force, progress=progress)
-    answers = [one.text for one in said]
-    judged = judge.judge([Exchange(text, answer, n) for (n, text, _), answer in zip(rows, answers, strict=True)])
+    judged = [
+        None if one is None else one.outcome
+        for one in judge_answers(
+            judge,
+            [
+                Exchange(text, one.text, name) if one.answered else None
+                for (name, text, _), one in zip(rows, said, strict=True)
+            ],
+        )
+    ]
+    answers = [one.text if one.thought is None else "" for one in said]
     nlls = negative_log_likelihoods(loaded, texts * len(doses), answers)
     acting = [own for strength, own in zip(doses, policies, strict=True) if strength]
     still = [[0.0] * len(asked)] * (len(doses) - len(acting))  # strength 0 moves nothing
@@ -157,23 +168,25 @@ def dose_response(
     found = []
     for slot, strength in enumerate(doses):
         own = slice(slot * len(asked), (slot + 1) * len(asked))
-        counts = Counter(one.outcome for one in judged[own])
+        counts = Counter(judged[own])
+        unanswered = sum(not one.answered for one in said[own])
         known = [value for value in nlls[own] if value is not None]
         found.append(
             Dose(
                 strength,
                 {name: counts[name] for name in OUTCOMES},
-                counts[None],
+                counts[None] - unanswered,
                 mean(known) if known else None,
                 mean(on_harmful[slot]),
                 mean(on_control[slot]),
                 mean(on_harmless[slot]),
+                unanswered,
             )
         )
     both = [
-        (float(last.outcome == "unsafe"), float(first.outcome == "unsafe"))
+        (float(last == "unsafe"), float(first == "unsafe"))
         for first, last in zip(judged[: len(asked)], judged[-len(asked) :], strict=True)
-        if first.outcome is not None and last.outcome is not None
+        if first is not None and last is not None
     ]
     pair = [one for one, _ in both], [other for _, other in both]
     change, p = (paired_rates(*pair), paired_p(*pair)) if both else (None, 1.0)

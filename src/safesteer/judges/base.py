@@ -173,6 +173,12 @@ class Judge(Protocol):
         ...
 
 
+def judge_answers(judge: Judge, exchanges: Sequence[Exchange | None]) -> list[Judgement | None]:
+    """One `Judgement` an exchange, in order; None where there is no exchange: a thought that came to no answer is not judged."""
+    found = iter(judge.judge([one for one in exchanges if one is not None]))
+    return [None if one is None else next(found) for one in exchanges]
+
+
 @runtime_checkable
 class RiskScorer(Protocol):
     """A judge of harm alone (a guard model, a classifier): it gives `unsafe`, perhaps `refusal`, and knows no topic.
