@@ -59,8 +59,8 @@ def chat(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
-    options.note_check(opened, bank, unverified)
     opened.check(loaded, force)
+    options.note_check(opened, bank, unverified)
     settings = GenerationSettings(max_new_tokens, temperature, seed, 1, recommended)
     thoughts = Thoughts(loaded.tokenizer)
 

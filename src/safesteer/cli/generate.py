@@ -152,13 +152,13 @@ def generate(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
-    options.note_check(opened, bank, unverified)
     size = None if batch_size == "auto" else int(batch_size)
     settings = GenerationSettings(max_new_tokens, temperature, seed, size, recommended)
     rows = [
         {**extra, **row}
         for extra, row in zip(extras, respond(loaded, opened, requests, settings, compare, force), strict=True)
     ]
+    options.note_check(opened, bank, unverified)
     if not deliver(rows, out_file, json):
         for row in rows:
             asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
