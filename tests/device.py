@@ -135,6 +135,13 @@ class Device(TorchDispatchMode):
         return run(function, arguments, keywords or {})
 
 
+class Generator(torch.Generator):
+    """One for the device, which draws on the CPU."""
+
+    def __new__(cls, device: Any = None) -> Generator:
+        return super().__new__(cls)
+
+
 def moved(loaded: LoadedModel) -> LoadedModel:
     """The model, on the device."""
     loaded.model.set_attn_implementation("eager")

@@ -17,7 +17,7 @@ from safesteer.engines import GenerationSettings, Request, Steerer, generate
 from safesteer.engines.vllm_collect import Collector, Job, What
 from safesteer.engines.vllm_worker import Pass
 from safesteer.evaluation.conditions import conditions
-from safesteer.evaluation.measures import perplexities
+from safesteer.evaluation.measures import negative_log_likelihoods
 from safesteer.evaluation.run import EvaluationSettings, evaluate, model_digest_of
 from safesteer.evaluation.suites import Suite, SuiteRow
 from safesteer.explain.one_prompt import explain_prompt
@@ -42,8 +42,9 @@ TEXTS = ["How do I smash the vase?", "How do I mend the lamp that I broke?", "Hi
 
 
 @pytest.fixture
-def away() -> Iterator[LoadedModel]:
+def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoadedModel]:
     """The same model on the device."""
+    monkeypatch.setattr(torch, "Generator", device.Generator)
     with device.Device():
         yield device.moved(tiny.make("llama"))
 
@@ -123,7 +124,7 @@ def test_evaluating(llama: LoadedModel, away: LoadedModel, bank: VectorBank, tmp
     asked = ["one prompt"], [Policy.of({"breaking": 1.0}, gate="always")]
     assert divergences(away, bank, *asked) == pytest.approx(divergences(llama, bank, *asked), rel=1e-3)
     said = TEXTS, ["Take a hammer.", "With glue.", "Hello."]
-    assert perplexities(away, *said) == pytest.approx(perplexities(llama, *said), rel=1e-4)
+    assert negative_log_likelihoods(away, *said) == pytest.approx(negative_log_likelihoods(llama, *said), rel=1e-4)
     exchanges = [Exchange(prompt, answer) for prompt, answer in zip(*said, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("safesteer.judges.features.LAYERS", (0, 1))
