@@ -19,7 +19,7 @@ import torch
 
 from safesteer.engines import Steerer
 from safesteer.errors import SafeSteerError
-from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.models import EncodedPrompt, LoadedModel, encode, encode_all
 from safesteer.models.files import ModelFiles
 from safesteer.next_token import divergence, next_token
 from safesteer.policy import Policy
@@ -62,7 +62,7 @@ def effects(
 ) -> Effect:
     """The effect on harmful `prompts` (by category of the bank) of a model that is loaded. `progress`: prompts just read."""
     pairs = sorted(
-        ((name, encode(loaded.tokenizer, text)) for name, texts in prompts.items() for text in texts),
+        ((name, one) for name, texts in prompts.items() for one in encode_all(loaded, texts)),
         key=lambda pair: len(pair[1]),
     )
     batches = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]

@@ -13,7 +13,7 @@ import torch
 
 from safesteer.activations import batches_by_length, pad
 from safesteer.engines import Steerer
-from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.models import EncodedPrompt, LoadedModel, encode_all
 from safesteer.policy import Policy
 from safesteer.vectors import VectorBank
 
@@ -68,7 +68,7 @@ def divergences_of(
 
     `progress` is called with the number of prompts just read under one steering.
     """
-    encoded = [encode(loaded.tokenizer, prompt) for prompt in prompts]
+    encoded = encode_all(loaded, prompts)
     values = [[0.0] * len(encoded) for _ in steerings]
     steerers = {id(bank): Steerer(loaded, bank, force=force) for bank, _ in steerings}
     for batch in batches_by_length(encoded, BATCH_TOKENS):

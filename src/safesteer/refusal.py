@@ -22,7 +22,7 @@ from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.errors import SafeSteerError
 from safesteer.judges.base import HALF
 from safesteer.judges.detectors import refusal
-from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.models import EncodedPrompt, LoadedModel, encode_all
 from safesteer.next_token import BATCH_TOKENS, next_token
 from safesteer.vectors import VectorBank
 
@@ -53,7 +53,7 @@ def refusal_direction(
     `progress` counts prompts, `steps` of them in all. Raises `SafeSteerError` if under eight of those asked are declined, or
     under eight answered.
     """
-    encoded = [encode(loaded.tokenizer, text) for text in prompts]
+    encoded = encode_all(loaded, prompts)
     likely = openings(loaded, encoded, progress=progress)
     asked = sorted(likely.argsort(descending=True)[: _asked(len(prompts))].tolist())
     requests = [Request(prompts[index]) for index in asked]

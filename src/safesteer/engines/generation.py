@@ -13,7 +13,7 @@ from safesteer.activations import batches_by_length, pad
 from safesteer.engines.sampling import RowSampling, seed_of
 from safesteer.engines.transformers import Steerer
 from safesteer.errors import SafeSteerError
-from safesteer.models import Conversation, LoadedModel, encode
+from safesteer.models import Conversation, LoadedModel, check_lengths, encode
 from safesteer.models.decoding import Sampling, recommended
 from safesteer.models.thoughts import Said, Thoughts
 from safesteer.policy import Policy
@@ -88,6 +88,7 @@ def generate(
     """
     chosen = settings or GenerationSettings()
     encoded = [encode(loaded.tokenizer, request.prompt, request.system) for request in requests]
+    check_lengths(encoded, loaded.tokenizer, loaded.context, chosen.max_new_tokens)
     order = sorted(range(len(requests)), key=lambda index: len(encoded[index]))
     size = chosen.batch_size or AUTO_BATCH
     padding = loaded.pad_id
@@ -140,6 +141,7 @@ def read(loaded: LoadedModel, bank: VectorBank, requests: Sequence[Request], *, 
     """What the bank's gate reads in each request, without answering it; policies are not looked at."""
     steerer = Steerer(loaded, bank, Policy.off(), force=force)
     encoded = [encode(loaded.tokenizer, request.prompt, request.system) for request in requests]
+    check_lengths(encoded, loaded.tokenizer, loaded.context)
     found: dict[int, Reading] = {}
     for batch in batches_by_length(encoded):
         ids, mask = pad([encoded[index] for index in batch], loaded.pad_id, "right")

@@ -38,7 +38,7 @@ from safesteer.engines.generation import GenerationSettings, Request, Response
 from safesteer.engines.sampling import seed_of
 from safesteer.engines.steering import KINDS
 from safesteer.errors import SafeSteerError, SteeringError
-from safesteer.models import encode
+from safesteer.models import check_lengths, encode
 from safesteer.models.chat import turn_markers, turn_start
 from safesteer.models.decoding import checkpoint_config
 from safesteer.models.thoughts import Thoughts
@@ -309,6 +309,8 @@ def generate(
     default = Policy.default(bank)
     policies = [(one.policy or default).resolved(bank) for one in requests]
     encoded = [encode(tokenizer, one.prompt, one.system) for one in requests]
+    most = int(llm.llm_engine.vllm_config.model_config.max_model_len)
+    check_lengths(encoded, tokenizer, most, chosen.max_new_tokens)
     prompts = [list(one.ids) for one in encoded]
     given: list[Any] = [{"prompt_token_ids": ids} for ids in prompts]
     gated = [index for index, policy in enumerate(policies) if policy.gated]

@@ -15,7 +15,7 @@ import torch
 
 from safesteer.activations import batches_by_length, pad
 from safesteer.errors import SafeSteerError
-from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.models import EncodedPrompt, LoadedModel, check_lengths, encode
 from safesteer.next_token import BATCH_TOKENS
 
 
@@ -34,6 +34,7 @@ def negative_log_likelihoods(
         rows.append(
             EncodedPrompt(start + tuple(tokenizer(response, add_special_tokens=False)["input_ids"]), len(start), 0)
         )
+    check_lengths(rows, tokenizer, loaded.context)
     values: list[float | None] = [None] * len(rows)
     for batch in batches_by_length(rows, BATCH_TOKENS):
         ids, mask = pad([rows[index] for index in batch], loaded.pad_id, "right")

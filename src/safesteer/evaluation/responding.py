@@ -14,7 +14,7 @@ from safesteer.engines import GenerationSettings, Request, generate, read
 from safesteer.evaluation.conditions import Condition
 from safesteer.evaluation.ledger import Ledger, key_of
 from safesteer.evaluation.suites import Suite, SuiteRow
-from safesteer.models import LoadedModel, encode
+from safesteer.models import LoadedModel, encode, encode_all
 from safesteer.models.thoughts import Said
 from safesteer.policy import plan
 from safesteer.vectors import Reading
@@ -49,11 +49,15 @@ def respond(
     response, thought, answered, reference, steering, tokens, seconds`, in the order of conditions, suites and rows. Where a
     thought came to no answer, `response` is empty and `answered` false.
 
-    Chunks that the ledger holds are not generated again. `progress` counts rows, those of the ledger included.
+    Chunks that the ledger holds are not generated again. `progress` counts rows, those of the ledger included. Raises
+    `SafeSteerError` for a prompt that is too long, before the first answer.
     """
     how = asdict(settings)
     rows: list[dict[str, Any]] = []
     bases = [condition_key(condition, model_digest) for condition in conditions]
+    for suite in suites:
+        for system in dict.fromkeys(condition.system for condition in conditions):
+            encode_all(loaded, [row.prompt for row in suite], system, room=settings.max_new_tokens)
     for suite in suites:
         parts = chunks(loaded, suite)
         for condition, basis in zip(conditions, bases, strict=True):

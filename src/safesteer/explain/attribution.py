@@ -31,7 +31,7 @@ import torch
 from safesteer.activations import run_until
 from safesteer.errors import SafeSteerError
 from safesteer.explain.lens import token_texts
-from safesteer.models import Conversation, LoadedModel, encode
+from safesteer.models import Conversation, LoadedModel, encode_all
 from safesteer.models.chat import turn_markers, turn_start
 from safesteer.vectors import Gate, VectorBank
 from safesteer.vectors.gate import TAIL, WINDOW
@@ -147,7 +147,7 @@ def attribute(
     """
     bank.check(loaded, force)
     gate = gate_of(bank)
-    ids = encode(loaded.tokenizer, prompt, system).ids
+    ids = encode_all(loaded, [prompt], system)[0].ids
     first = turn_start(ids, turn_markers(loaded.tokenizer))
     states: dict[int, torch.Tensor] = {}
     views = gate_views(loaded, gate, ids, [(first, len(ids))], states)[0]

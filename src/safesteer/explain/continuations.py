@@ -25,7 +25,7 @@ from safesteer.engines.steering import Hooks
 from safesteer.errors import SafeSteerError
 from safesteer.explain.attribution import Parts, gate_of, gate_views, parts_of
 from safesteer.explain.lens import token_texts
-from safesteer.models import Conversation, EncodedPrompt, LoadedModel, encode
+from safesteer.models import Conversation, EncodedPrompt, LoadedModel, check_lengths, encode, encode_all
 from safesteer.models.chat import turn_markers, turn_start
 from safesteer.models.thoughts import Thoughts
 from safesteer.policy import Plan, Policy
@@ -83,7 +83,7 @@ def compare(
     """
     if max_new_tokens < 1:
         raise SafeSteerError(f"{max_new_tokens} new tokens make no answer; ask for at least one")
-    encoded = encode(loaded.tokenizer, prompt, system)
+    encoded = encode_all(loaded, [prompt], system, room=max_new_tokens)[0]
     ids = encoded.ids
     steerer = Steerer(loaded, bank, policy, force=force)
     plain = _answer(loaded, ids, max_new_tokens)
@@ -234,6 +234,7 @@ def readings(
     ids = encoded.ids
     first = turn_start(ids, turn_markers(loaded.tokenizer))
     said = tuple(loaded.tokenizer(response, add_special_tokens=False)["input_ids"]) if response else ()
+    check_lengths([encoded], loaded.tokenizer, loaded.context, len(said))
     spans = [(first, len(ids)), *([(len(ids), len(ids) + len(said))] if said else [])]
     # One pass: no block sees what comes after, so the prompt reads the same with a response behind it.
     of_prompt, *of_response = gate_views(loaded, gate, ids + said, spans)

@@ -25,7 +25,7 @@ import torch
 from safesteer.activations import batches_by_length, collect, pad
 from safesteer.engines.steering import Hooks
 from safesteer.errors import SafeSteerError
-from safesteer.models import EncodedPrompt, LoadedModel, encode
+from safesteer.models import EncodedPrompt, LoadedModel, encode_all
 from safesteer.models.layout import hidden_of
 from safesteer.policy import Plan, Policy, plan
 from safesteer.prompts import PromptSet, builtin, builtin_categories, harmless_pool
@@ -130,7 +130,7 @@ def collect_for_explain(
     """
     bank.check(loaded, force)
     rows = _material_rows(bank, prompts, pool, most)
-    encoded = [encode(loaded.tokenizer, row.text) for row in rows]
+    encoded = encode_all(loaded, [row.text for row in rows])
     moved = sum(row.category is not None for row in rows)
     done = 0
 

@@ -35,7 +35,7 @@ from torch.func import functional_call, jvp
 from safesteer.activations import batches_by_length
 from safesteer.engines import Steerer
 from safesteer.errors import SafeSteerError, UnsupportedModelError
-from safesteer.models import Conversation, LoadedModel, encode
+from safesteer.models import Conversation, LoadedModel, encode_all
 from safesteer.next_token import BATCH_TOKENS, next_token
 from safesteer.policy import Policy
 from safesteer.prompts import harmless_pool
@@ -174,7 +174,7 @@ def by_steering(
         raise SafeSteerError("the bank steers generated tokens only, so the first one is the unsteered model's own")
     policy = Policy.of({category: 1.0}, gate="always")
     banks = [bank, *(randomised(bank, seed + index) for index in range(controls))]
-    encoded = [encode(loaded.tokenizer, prompt) for prompt in prompts]
+    encoded = encode_all(loaded, prompts)
     sums: list[torch.Tensor | float] = [0.0] * len(banks)
     likely: list[torch.Tensor | float] = [0.0] * len(banks)
     unsteered: torch.Tensor | float = 0.0
@@ -263,8 +263,8 @@ class Ending:
 
         handle = self.norm.register_forward_hook(keep)
         try:
-            for prompt in prompts:
-                ids = torch.tensor([encode(loaded.tokenizer, prompt).ids], device=loaded.device)
+            for encoded in encode_all(loaded, prompts):
+                ids = torch.tensor([encoded.ids], device=loaded.device)
                 logits.append(loaded.model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu())
         finally:
             handle.remove()

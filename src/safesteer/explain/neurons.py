@@ -23,7 +23,7 @@ import torch
 from safesteer.activations import run_until
 from safesteer.errors import SafeSteerError, UnsupportedModelError
 from safesteer.explain.lens import Ending, Token, direct, token_texts
-from safesteer.models import LoadedModel, encode
+from safesteer.models import LoadedModel, encode, encode_all
 from safesteer.models.layout import written
 from safesteer.prompts import PromptSet, builtin, builtin_categories, harmless_pool
 from safesteer.vectors import VectorBank
@@ -248,7 +248,7 @@ def read_pairs(
     found = {}
     for name, some in pairs_of(bank, prompts, most).items():
         one = PairReading(some, [])
-        encoded = [encode(loaded.tokenizer, text) for text in one.texts]
+        encoded = encode_all(loaded, one.texts)
         found[name] = replace(one, values=neuron_activations(loaded, encoded, progress=progress))
     return found
 

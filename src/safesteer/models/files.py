@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from safesteer.errors import SafeSteerError
 from safesteer.models.chat import template_digest
+from safesteer.models.context import context_of
 from safesteer.models.embedded import embedded_source
 from safesteer.models.fingerprint import Fingerprint, compared, sampled
 from safesteer.models.loading import EMBEDDED, load_tokenizer, model_class, quiet_transformers
@@ -35,6 +36,11 @@ class ModelFiles:
     stop_ids: frozenset[int]
     revision: str | None = None
     trust_remote_code: bool = False
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of prompt and answer together, at most; None: any number."""
+        return context_of(self.config.get_text_config())
 
     @property
     def depth(self) -> int:

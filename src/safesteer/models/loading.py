@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 
 from safesteer.errors import SafeSteerError, UnsupportedModelError
+from safesteer.models.context import context_of
 from safesteer.models.decoding import ExplicitConfig
 from safesteer.models.embedded import embedded_source
-from safesteer.models.layout import ModelLayout, check_blocks, encoder_decoder, find_layout
+from safesteer.models.layout import ModelLayout, check_blocks, encoder_decoder, find_layout, text_config
 
 EMBEDDED = "embedded"
 Quantization = Literal["4bit", "8bit"]
@@ -43,6 +44,11 @@ class LoadedModel:
         """The device of the input embeddings, where token ids go."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of prompt and answer together, at most; None: any number."""
+        return context_of(text_config(self.model))
 
     @property
     def pad_id(self) -> int:

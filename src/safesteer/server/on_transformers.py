@@ -20,7 +20,6 @@ from safesteer.engines import Steerer
 from safesteer.engines.sampling import RowSampling
 from safesteer.errors import SafeSteerError, SteeringError
 from safesteer.models import LoadedModel
-from safesteer.models.layout import text_config
 from safesteer.models.selftest import check_site
 from safesteer.models.thoughts import Thoughts
 from safesteer.policy import Policy
@@ -77,7 +76,7 @@ class TransformersEngine:
     ) -> None:
         self.loaded, self.bank, self._batch_size, self._most_waiting = loaded, bank, batch_size, most_waiting
         self.tokenizer, self._thoughts = loaded.tokenizer, Thoughts(loaded.tokenizer)
-        self.context = getattr(text_config(loaded.model), "max_position_embeddings", None) or BATCH_TOKENS
+        self.context = loaded.context or BATCH_TOKENS
         self._steerer = Steerer(loaded, bank, Policy.off(), force=force)
         acting = bank.acting or list(bank.layers)
         for layer in (acting[0], acting[-1]):

@@ -25,9 +25,9 @@ import torch
 
 from safesteer import taxonomy
 from safesteer.activations import Position, collect
-from safesteer.answers import answer_means
+from safesteer.answers import ANSWER_TOKENS, answer_means
 from safesteer.errors import PromptFileError, SafeSteerError
-from safesteer.models import EncodedPrompt, Fingerprint, LoadedModel, Site, encode, fingerprint
+from safesteer.models import EncodedPrompt, Fingerprint, LoadedModel, Site, encode_all, fingerprint
 from safesteer.models.files import ModelFiles
 from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
 from safesteer.prompts.forms import in_form
@@ -340,14 +340,14 @@ def fit(
     position: Position = "mean" if chosen.position == "mean" else "last"
     layers, site = chosen.kept_layers, chosen.site
     gate_layers = chosen.gate_layers if chosen.gate else ()
-    encoded = _encode_all(subject.tokenizer, [row.text for row in rows])
+    encoded = encode_all(model, [row.text for row in rows], room=ANSWER_TOKENS if spoken else 0)
     read, norms, turns = reading.prompts(rows, encoded, layers, site, position, gate_layers)
     sources = [read] if chosen.position != "answer" else []
     if spoken:
         sources.append(
             reading.answers([rows[index] for index in spoken], [encoded[index] for index in spoken], layers, site)
         )
-    encoded_lent = _encode_all(subject.tokenizer, [row.text for row in lent])
+    encoded_lent = encode_all(model, [row.text for row in lent])
     lenders: list[Source] = []
     if lent and chosen.position != "answer":
         lenders.append(reading.prompts(lent, encoded_lent, layers, site, position)[0])
@@ -355,7 +355,7 @@ def fit(
         lenders.append(reading.answers(lent, encoded_lent, layers, site))
     gate = None
     if turns is not None:
-        encoded_forms = _encode_all(subject.tokenizer, [row.text for row in formed])
+        encoded_forms = encode_all(model, [row.text for row in formed])
         forms = reading.prompts(formed, encoded_forms, gate_layers, "residual", "last", gate_layers)[2]
         gate = _gate([*rows, *formed], Joined([part for part in (turns, forms) if part is not None]), chosen)
         encoded_unseen = _encode_all(subject.tokenizer, [row.text for row in unseen])
@@ -432,10 +432,6 @@ def _lent(sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[Row]:
             group = f"{name}/{prompt.subtopic}"
             rows += [Row(prompt.text, "harmful", name, group), Row(prompt.matched or "", "matched", name, group)]
     return rows
-
-
-def _encode_all(tokenizer: Any, texts: Sequence[str]) -> list[EncodedPrompt]:
-    return [encode(tokenizer, text) for text in texts]
 
 
 def _answered(rows: Sequence[Row], sets: dict[str, PromptSet], chosen: CompleteSettings) -> list[int]:
@@ -559,7 +555,7 @@ def _neurons(
     parts = []
     for pairs in paired.values():
         texts = [harmful for harmful, _ in pairs] + [matched for _, matched in pairs]
-        values = neuron_activations(loaded, _encode_all(loaded.tokenizer, texts), progress=count)
+        values = neuron_activations(loaded, encode_all(loaded, texts), progress=count)
         parts.append(most_selective([v[: len(pairs)] for v in values], [v[len(pairs) :] for v in values], number))
     layers, indices, targets, found = (torch.stack(column) for column in zip(*parts, strict=True))
     return RiskNeurons(layers, indices, targets, found)
