@@ -6,6 +6,8 @@ sentence and exits with a non-zero status; a library user catches the class.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class SafeSteerError(Exception):
     """Base class: bad input, an unsupported model, a refused bank."""
@@ -37,3 +39,10 @@ class PolicyError(SafeSteerError, ValueError):
 
 class SteeringError(SafeSteerError):
     """Steering cannot be guaranteed for this call, so the call fails instead of answering unsteered."""
+
+
+def need(extra: str, *packages: str) -> None:
+    """Raise `SafeSteerError` now, rather than after an hour of work, if a package (by import name) of an extra is absent."""
+    absent = [one for one in packages if find_spec(one) is None]
+    if absent:
+        raise SafeSteerError(f"this needs {' and '.join(absent)}; pip install 'safesteer[{extra}]'")

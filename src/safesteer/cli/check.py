@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from safesteer.cli import options
-from safesteer.cli.console import note, out, print_json, progress_bar
+from safesteer.cli.console import note, out, print_json, progress_bar, working
 from safesteer.files import check_writable
 
 if TYPE_CHECKING:
@@ -102,13 +102,16 @@ def check(
 ) -> None:
     """Answer held-back prompts unsteered and steered, and write into the bank which categories do harm."""
     from safesteer.cli.fit import read_prompt_files
-    from safesteer.judges import make_judge
+    from safesteer.evaluation.check import check_prompts
+    from safesteer.judges.spec import make_judges
     from safesteer.vectors import VectorBank
 
     check_writable(bank)
     opened = VectorBank.load(bank)
-    decides = make_judge(judge)
     own = read_prompt_files(prompts or [], None, options.parse_columns(column), encoding)
+    check_prompts(opened, own)  # every category has some
+    with working("Trying the judge"):
+        (decides,) = make_judges([judge])
     loaded = options.load_for(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,

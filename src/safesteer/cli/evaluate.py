@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from safesteer.cli import options
-from safesteer.cli.console import note, note_usage, out, print_json, progress_bar
+from safesteer.cli.console import note, note_usage, out, print_json, progress_bar, working
 from safesteer.errors import SafeSteerError
 from safesteer.files import check_writable
 
@@ -113,11 +113,10 @@ def evaluate(
     """Answer suites under a policy and its controls, judge, and write a report. Run it again to go on after a kill."""
     from safesteer.evaluation.conditions import conditions
     from safesteer.evaluation.loaders import load_suite
-    from safesteer.evaluation.run import EvaluationSettings
+    from safesteer.evaluation.run import EvaluationSettings, check_request
     from safesteer.evaluation.run import evaluate as run
-    from safesteer.evaluation.suites import check_distinct
-    from safesteer.judges import make_judge
     from safesteer.judges.base import in_sample_text, leanings_text
+    from safesteer.judges.spec import make_judges
     from safesteer.vectors import VectorBank
 
     if out_folder.exists() and not out_folder.is_dir():
@@ -127,18 +126,23 @@ def evaluate(
     opened = VectorBank.load(bank).unverified()  # what it does is measured, whatever its check found
     columns = options.parse_columns(column)
     suites = [load_suite(spec, limit, seed, columns=columns, encoding=encoding) for spec in suite]
-    check_distinct(suites)
     chosen = conditions(policy or [], opened, seed, controls)
-    judges = [make_judge(spec) for spec in judge or ["offline"]]
-    if len({one.name for one in judges}) < len(judges):
-        raise SafeSteerError("a judge is given twice; give each once")
+    main = next((one for one in chosen if one.kind in ("policy", "default")), None)
+    strongest = max((how.strength for how in main.policy.categories.values()), default=0.0) if main else 0.0
+    swept = [factor for factor in DOSES if doses and factor * strongest <= opened.strength_ceiling]
+    for factor in DOSES if doses and main else ():
+        if factor not in swept:
+            note(
+                f"Left out: {factor:g} times the policy, which is above the bank's ceiling of {opened.strength_ceiling:g}."
+            )
+    settings = EvaluationSettings(max_new_tokens, temperature, seed, batch_size, tuple(swept), selectivity, recommended)
+    check_request(suites, chosen, settings)
+    with working("Trying the judge"):
+        judges = make_judges(judge or ["offline"])
     loaded = options.load_for(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
-    settings = EvaluationSettings(
-        max_new_tokens, temperature, seed, batch_size, DOSES if doses else (), selectivity, recommended
-    )
     with progress_bar("Evaluating") as update:
         results = run(
             loaded, opened, suites, chosen, judges, settings, out_folder, force=force,

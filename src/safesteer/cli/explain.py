@@ -12,7 +12,7 @@ from rich.text import Text
 from safesteer.cli import options
 from safesteer.cli.console import note, note_usage, out, print_json, progress_bar, working
 from safesteer.cli.fit import read_prompt_files
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, need
 
 if TYPE_CHECKING:
     from safesteer.explain.lens import Token
@@ -115,6 +115,7 @@ def explain(
     from safesteer.explain.sources import sources
     from safesteer.explain.study import STAGES, StudySettings, explain_bank
     from safesteer.judges import make_judge
+    from safesteer.judges.spec import make_judges
     from safesteer.vectors import VectorBank
 
     unknown = [one for one in without or () if one not in STAGES]
@@ -123,7 +124,12 @@ def explain(
     opened = VectorBank.load(bank).unverified()  # what it does is measured, whatever its check found
     own = read_prompt_files(prompts or [], None, options.parse_columns(column), encoding)
     found = sources(opened, category, own) if whole else None
+    if whole:
+        need("explain", "scipy")
     decides = make_judge(judge)
+    if whole and not {"causal", "doses"} <= set(without or ()):
+        with working("Trying the judge"):
+            (decides,) = make_judges([judge])
     if out_folder is not None:
         check_folder(out_folder)
     loaded = options.load_for(

@@ -166,12 +166,16 @@ def fit(
     )  # fmt: skip
     from safesteer.calibration import Refusal
     from safesteer.calibration import fit as fit_bank
-    from safesteer.judges import make_judge
+    from safesteer.judges.spec import make_judges
+    from safesteer.vectors.fitting import harmful_sets
 
     refused = _choice(refusal, get_args(Refusal), "--refusal")
-    decides = make_judge(judge) if check else None
-    loaded = None
+    loaded = decides = None
     own = read_prompt_files(prompts or [], category, columns, encoding)
+    harmful_sets(category, own)  # every category has prompts
+    if check and engine != "vllm":
+        with working("Trying the judge"):
+            (decides,) = make_judges([judge])
     began = time.perf_counter()
     if engine == "vllm":
         unused = {"--device": device, "--device-map": device_map, "--4bit": load_4bit, "--8bit": load_8bit}

@@ -32,18 +32,17 @@ def agreement(
     json: options.AsJson = False,
 ) -> None:
     """How well judges agree with people: accuracy, AUROC, F1, kappa, by category, and the confusion."""
-    from safesteer.judges import make_judge
     from safesteer.judges.agreement import Target, read_labelled
     from safesteer.judges.agreement import agreement as measure
     from safesteer.judges.base import in_sample, in_sample_text, leanings_text
+    from safesteer.judges.spec import make_judges
 
     if target not in get_args(Target):
         raise SafeSteerError(f"--target {target!r} is not one of {', '.join(get_args(Target))}")
     rows = read_labelled(data)
     found: dict[str, dict[str, Any]] = {}
-    for spec in judge or ["offline"]:
-        one = make_judge(spec)
-        with progress_bar(f"Judging ({spec})") as update:
+    for one in make_judges(judge or ["offline"]):
+        with progress_bar(f"Judging ({one.name})") as update:
             found[one.name] = measure(one, rows, cast(Target, target), counted(update, len(rows)))
         known = found[one.name]["in_sample"] = in_sample(one, (row.exchange.prompt for row in rows))
         if known:
@@ -75,9 +74,9 @@ def run(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Judge responses of your own. Each row comes back with its outcome and scores."""
-    from safesteer.judges import make_judge
     from safesteer.judges.agreement import exchanges_of
     from safesteer.judges.base import count_leanings, in_sample, in_sample_text, leanings_text
+    from safesteer.judges.spec import make_judges
 
     if out_file is not None:
         check_writable(out_file)
@@ -87,9 +86,8 @@ def run(
         exchanges.append(exchange)
     if not rows:
         raise PromptFileError(f"{source}: holds no response")
-    for number, spec in enumerate(judge or ["offline"]):
-        one = make_judge(spec)
-        with progress_bar(f"Judging ({spec})") as update:
+    for number, one in enumerate(make_judges(judge or ["offline"])):
+        with progress_bar(f"Judging ({one.name})") as update:
             for row, said in zip(rows, one.judge(exchanges, counted(update, len(rows))), strict=True):
                 row.setdefault("judges", {})[one.name] = said.outcome
                 if number == 0:

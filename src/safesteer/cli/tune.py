@@ -9,9 +9,9 @@ import typer
 from rich.table import Table
 
 from safesteer.cli import options
-from safesteer.cli.console import note, note_usage, out, print_json, progress_bar
+from safesteer.cli.console import note, note_usage, out, print_json, progress_bar, working
 from safesteer.cli.fit import read_prompt_files
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, need
 from safesteer.files import check_writable
 
 if TYPE_CHECKING:
@@ -91,11 +91,12 @@ def tune(
     if folder.exists() and not folder.is_dir():
         raise SafeSteerError(f"--work {folder} is a file; name a folder")
     from safesteer.engines import GenerationSettings
-    from safesteer.judges import make_judge
     from safesteer.judges.base import in_sample_text, leanings_text
+    from safesteer.judges.spec import make_judges
     from safesteer.tuning import Limits, TuneSettings, make_bench, search_space
     from safesteer.tuning import tune as run
     from safesteer.tuning.candidates import SEARCHED
+    from safesteer.tuning.trial import tuning_suite
     from safesteer.vectors import VectorBank
     from safesteer.vectors.bank import TOKENS
 
@@ -108,14 +109,18 @@ def tune(
         raise SafeSteerError(
             "the judge rules reads no harm, so every dose would look safe to it; use offline or a guard"
         )
-    decides = make_judge(judge)
+    need("tune", "optuna")
     own = read_prompt_files(prompts or [], None, options.parse_columns(column), encoding)
+    space = search_space(opened, opened.model.layers, chosen)
+    tuning_suite(opened, own, limit, seed)  # has prompts for every category
+    with working("Trying the judge"):
+        (decides,) = make_judges([judge])
+    check_writable(folder / "study.log")
     loaded = options.load_for(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
     opened.check(loaded, force)
-    space = search_space(opened, loaded.layout.depth, chosen)
     limits = Limits(max_degenerate, max_off_topic, max_divergence)
     bench = make_bench(
         loaded, opened, decides, folder, prompts=own, limit=limit,

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from safesteer.activations import batches_by_length, pad
-from safesteer.errors import SafeSteerError
 from safesteer.models import EncodedPrompt, LoadedModel, check_lengths, encode
 from safesteer.next_token import BATCH_TOKENS
 
@@ -51,11 +50,9 @@ def negative_log_likelihoods(
 
 def overlaps(responses: Sequence[str], references: Sequence[str]) -> list[tuple[float, float]]:
     """(BLEU, ROUGE-L) of each response against its reference."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu.metrics import BLEU
-    except ImportError:
-        raise SafeSteerError("BLEU and ROUGE-L need sacrebleu and rouge-score; install safesteer[evaluate]") from None
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU
+
     bleu, rouge = BLEU(effective_order=True), RougeScorer(["rougeL"], use_stemmer=True)
     return [
         (float(bleu.sentence_score(one, [other]).score), float(rouge.score(other, one)["rougeL"].fmeasure))

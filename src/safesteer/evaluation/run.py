@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from safesteer.engines import GenerationSettings
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, need
 from safesteer.evaluation.conditions import Condition, only, scaled
 from safesteer.evaluation.judging import exchange_of, judge_all
 from safesteer.evaluation.ledger import Ledger, key_of
@@ -31,7 +31,7 @@ from safesteer.evaluation.suites import Suite, check_distinct
 from safesteer.evaluation.summary import CONTROL, dose_response, records, selectivity
 from safesteer.files import json_lines, write_text
 from safesteer.judges.agreement import kappa
-from safesteer.judges.base import Judge, count_leanings, in_sample
+from safesteer.judges.base import TRIAL, Judge, count_leanings, in_sample
 from safesteer.judges.detectors import repetition
 from safesteer.judges.relevance import Relevance
 from safesteer.models import LoadedModel, fingerprint
@@ -62,6 +62,16 @@ class EvaluationSettings:
     recommended: bool = False
 
 
+def check_request(suites: Sequence[Suite], conditions: Sequence[Condition], settings: EvaluationSettings) -> None:
+    """Raise `SafeSteerError` for packages that are absent, and for what cannot be evaluated; no model is needed for it."""
+    need("evaluate", "sacrebleu", "rouge_score", "scipy")
+    check_distinct(suites)
+    if settings.selectivity and not any(condition.kind == "none" for condition in conditions):
+        raise SafeSteerError(
+            "selectivity is a change against the unsteered model; leave out --no-controls or add --policy none"
+        )
+
+
 def evaluate(
     loaded: LoadedModel,
     bank: VectorBank,
@@ -76,15 +86,20 @@ def evaluate(
 ) -> Results:
     """Run an evaluation and write `responses.jsonl`, `results.json` and `report.html` into `out`.
 
+    What is asked for is checked before anything is answered (`check_request`); `doses` above the bank's ceiling are refused.
     The first judge decides the outcomes; the others are compared with it. `progress(stage, done, total)` counts responses.
     """
     if not suites or not judges:
         raise SafeSteerError("an evaluation needs at least one suite and one judge")
-    check_distinct(suites)
-    if settings.selectivity and not any(condition.kind == "none" for condition in conditions):
-        raise SafeSteerError(
-            "selectivity is a change against the unsteered model; leave out --no-controls or add --policy none"
-        )
+    check_request(suites, conditions, settings)
+    jobs: list[tuple[Sequence[Suite], Sequence[Condition]]] = [(suites, conditions)]
+    main = next((one for one in conditions if one.kind in ("policy", "default")), None)
+    harmful = [suite for suite in suites if any(row.category is not None for row in suite)]
+    if main is not None and settings.doses:
+        jobs.append((harmful, [scaled(main, factor) for factor in settings.doses if factor not in (0.0, 1.0)]))
+    alone = [only(main, name) for name in main.policy.categories] if main is not None and settings.selectivity else []
+    relevance = Relevance()
+    relevance.score([TRIAL])  # the sentence encoder is there
     seconds: dict[str, float] = {}
     model_digest = model_digest_of(loaded)
     generation = GenerationSettings(
@@ -105,14 +120,6 @@ def evaluate(
 
         return more
 
-    jobs: list[tuple[Sequence[Suite], Sequence[Condition]]] = [(suites, conditions)]
-    main = next((one for one in conditions if one.kind in ("policy", "default")), None)
-    harmful = [suite for suite in suites if any(row.category is not None for row in suite)]
-    if main is not None and settings.doses:
-        strongest = max((how.strength for how in main.policy.categories.values()), default=0.0)
-        factors = [factor for factor in settings.doses if factor not in (0.0, 1.0)]
-        jobs.append((harmful, [scaled(main, x) for x in factors if x * strongest <= bank.strength_ceiling]))
-    alone = [only(main, name) for name in main.policy.categories] if main is not None and settings.selectivity else []
     count = sum(sum(map(len, some)) * len(used) for some, used in [*jobs, (harmful[:1], alone)])
     tick = stage("Generating", count)
     ledger = Ledger(work / "responses.jsonl")
@@ -135,7 +142,7 @@ def evaluate(
         row |= {"judges": {}, "outcome": None, "scores": {}, "failure": None, "leaning": None}
         row |= {"relevance": None, "repetition": None, "nll": None}
     judge_records = _judge(answered, judges, shown, work, stage)
-    _measure(loaded, answered, work, model_digest, stage)
+    _measure(loaded, answered, relevance, work, model_digest, stage)
     _compare(rows)
     _diverge(loaded, rows, conditions, work, model_digest, force, stage)
 
@@ -205,6 +212,7 @@ def _judge(
 def _measure(
     loaded: LoadedModel,
     rows: list[dict[str, Any]],
+    relevance: Relevance,
     work: Path,
     model_digest: str,
     stage: Callable[[str, int], Callable[[int], None]],
@@ -213,7 +221,6 @@ def _measure(
 
     An answer after a thought has no likelihood here: it was not said after the prompt alone.
     """
-    relevance = Relevance()
     for row, value in zip(rows, relevance.score([exchange_of(row) for row in rows]), strict=True):
         row["relevance"] = round(value, 4)
         row["repetition"] = round(repetition(row["response"]), 4)

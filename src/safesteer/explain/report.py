@@ -19,14 +19,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
 
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, need
 from safesteer.explain import about_effects, figures
 from safesteer.explain.about_bank import bank_section, categories_section, geometry_section, tokens_section
 from safesteer.explain.one_prompt import PromptView, prompt_section
@@ -57,8 +56,7 @@ class Written:
 
 def check_folder(folder: Path) -> None:
     """Raise `SafeSteerError` now, rather than after minutes of work, if the report cannot be drawn or written to `folder`."""
-    if find_spec("matplotlib") is None:
-        raise SafeSteerError("figures need matplotlib; install it with pip install 'safesteer[explain]'")
+    need("explain", "matplotlib")
     for part in (folder, folder / "figures", folder / "data"):
         if part.exists() and not part.is_dir():
             raise SafeSteerError(f"{part} is a file; name a folder for the report")

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from safesteer.calibration import chosen_prompts
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, need
 from safesteer.explain import causal as held
 from safesteer.explain import doses as dosing
 from safesteer.explain import geometry, lens
@@ -192,6 +192,7 @@ def explain_bank(
 
     Raises `FingerprintMismatchError` for a bank of another model (unless `force`).
     """
+    need("explain", "scipy")
     bank.check(loaded, force)
     work = _Work(loaded, bank, judge, found, settings or StudySettings(), force, progress)
     for stage in STAGES:

@@ -153,6 +153,9 @@ def in_sample_text(name: str, count: int) -> str:
     )
 
 
+TRIAL = Exchange("What is the capital of France?", "The capital of France is Paris.")
+
+
 @runtime_checkable
 class Judge(Protocol):
     """Anything that labels exchanges. `name` names it in reports, such as `offline` or `guard:Qwen/Qwen3Guard-Gen-0.6B`."""

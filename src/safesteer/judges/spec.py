@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from safesteer.errors import SafeSteerError
-from safesteer.judges.base import Exchange, Failure, Judge, Judgement
+from safesteer.judges.base import TRIAL, Exchange, Failure, Judge, Judgement
 from safesteer.judges.combine import Completed
 from safesteer.judges.relevance import Relevance
 
@@ -62,6 +62,23 @@ def make_judge(spec: str) -> Judge:
     """
     judge = _make(spec)
     return judge if judge.name == spec else Specified(spec, judge)
+
+
+def make_judges(specs: Sequence[str]) -> list[Judge]:
+    """The judges that `specs` name, each tried on one harmless exchange, so that one that cannot judge is known now.
+
+    Raises `SafeSteerError` for an unknown one, one given twice, and one that fails.
+    """
+    judges = [make_judge(spec) for spec in specs]
+    if len({one.name for one in judges}) < len(judges):
+        raise SafeSteerError("a judge is given twice; give each once")
+    for one in judges:
+        failure = one.judge([TRIAL])[0].failure
+        if failure is not None:
+            raise SafeSteerError(
+                f"the judge {one.name} could not judge a first, harmless answer ({failure}); mend it, or name another"
+            )
+    return judges
 
 
 def _make(spec: str) -> Judge:

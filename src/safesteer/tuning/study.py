@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safesteer.errors import SafeSteerError
+from safesteer.errors import SafeSteerError, need
 from safesteer.evaluation.ledger import key_of
 from safesteer.files import mend_last_line
 from safesteer.judges.base import in_sample
@@ -188,11 +188,10 @@ def choose(trials: Sequence[Trial], limits: Limits, space: Space) -> tuple[Trial
 
 def _journal(work: Path) -> Any:
     """Optuna's journal in the work folder, mended where a kill tore its last line."""
-    try:
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-    except ImportError:
-        raise SafeSteerError("tune needs Optuna; pip install 'safesteer[tune]'") from None
+    need("tune", "optuna")
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
     path = work.resolve() / "study.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,23 +105,10 @@ class Bench:
     force: bool = False
 
 
-def make_bench(
-    loaded: LoadedModel,
-    bank: VectorBank,
-    judge: Judge,
-    work: Path,
-    *,
-    prompts: PromptSet | None = None,
-    limit: int | None = None,
-    parts: int = PARTS,
-    generation: GenerationSettings | None = None,
-    seed: int = 0,
-    force: bool = False,
-) -> Bench:
-    """The bench of a bank: prompts of the tuning split of its categories (built in, or of `prompts`), at most `limit` of them.
+def tuning_suite(bank: VectorBank, prompts: PromptSet | None = None, limit: int | None = None, seed: int = 0) -> Suite:
+    """Prompts of the tuning split of the bank's categories (built in, or of `prompts`), at most `limit` of them.
 
-    Harmless prompts are those of the tuning split, sound-alikes and pool. Raises `SafeSteerError` naming the categories that have
-    no prompt of the tuning split.
+    Raises `SafeSteerError` naming the categories that have none.
     """
     own = prompts.split("tune") if prompts is not None else None
     found: list[SuiteRow] = []
@@ -142,12 +129,30 @@ def make_bench(
             'the category and "split": "tune"'
         )
     suite = Suite("tune", tuple(found), "tuning split")
-    if limit is not None:
-        suite = suite.sample(limit, seed)
+    return suite if limit is None else suite.sample(limit, seed)
+
+
+def make_bench(
+    loaded: LoadedModel,
+    bank: VectorBank,
+    judge: Judge,
+    work: Path,
+    *,
+    prompts: PromptSet | None = None,
+    limit: int | None = None,
+    parts: int = PARTS,
+    generation: GenerationSettings | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> Bench:
+    """The bench of a bank: prompts of the tuning split of its categories (built in, or of `prompts`), at most `limit` of them.
+
+    Harmless prompts are those of the tuning split, sound-alikes and pool. Raises `SafeSteerError` as `tuning_suite` does.
+    """
     calm = [one.text for group in (soundalikes(), harmless_pool()) for one in group.split("tune")]
     return Bench(
         loaded,
-        rungs(suite, parts),
+        rungs(tuning_suite(bank, prompts, limit, seed), parts),
         calm,
         judge,
         generation or GenerationSettings(64),
