@@ -74,7 +74,7 @@ def test_components_and_tokens_sum_to_the_risk_that_the_engine_reads(architectur
 def test_a_prompt_shorter_than_ending_and_passage_adds_up(llama: LoadedModel) -> None:
     bank = gated(llama)
     llama.tokenizer.chat_template = None
-    account = attribute(llama, bank, "Hey", force=True)
+    account = attribute(llama, bank, "Hey", force=["template"])
     assert [one.text for one in account.tokens] == ["e", "y"]
     assert (account.parts.first, account.parts.last) == (0, 1)
     assert total(account) == pytest.approx(account.risk, abs=1e-5)
@@ -127,7 +127,7 @@ def test_a_part_that_writes_nothing_contributes_nothing(llama: LoadedModel) -> N
         for block in llama.layout.blocks:
             block.self_attn.o_proj.weight.zero_()
         llama.layout.blocks[1].mlp.down_proj.weight.zero_()
-    account = attribute(llama, bank, LONG, force=True)
+    account = attribute(llama, bank, LONG, force=["weights"])
     silent = {"attention 0", "attention 1", "attention 2", "mlp 1"}
     for one in account.components[:-1]:
         assert (one.contribution == 0.0) == (one.name in silent)

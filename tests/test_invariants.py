@@ -212,9 +212,9 @@ def test_5_a_bank_refuses_a_stranger_and_says_what_differs(llama: LoadedModel) -
         other.model.model.embed_tokens.weight.add_(0.01)
     with pytest.raises(FingerprintMismatchError, match="weights"):
         Steerer(other, bank, HATE)
-    Steerer(other, bank, HATE, force=True)
+    Steerer(other, bank, HATE, force=["weights"])
     with pytest.raises(FingerprintMismatchError, match="width"):
-        Steerer(make("llama", hidden_size=64), bank, HATE, force=True)
+        Steerer(make("llama", hidden_size=64), bank, HATE, force=["weights"])
 
 
 def test_5_a_bank_accepts_its_model_in_another_type(llama: LoadedModel) -> None:

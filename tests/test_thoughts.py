@@ -31,6 +31,7 @@ from tests.tiny import TEMPLATE, Run, bank_for, make, prompts, tokenizer
 
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 ANALYSIS = "<|channel|>analysis<|message|>"
+FORCED = ["--force", "vocabulary", "--force", "weights", "--force", "template"]
 FINAL = "<|start|>assistant<|channel|>final<|message|>"
 OPENING = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 CLOSED = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
@@ -211,7 +212,7 @@ def test_generate_gives_answer_and_thought_apart(scripted: Scripted) -> None:
 
 def test_a_server_gives_the_thought_as_reasoning_content(scripted: Scripted) -> None:
     bank = bank_for(make("llama"))
-    made = TransformersEngine(scripted.loaded, bank, force=True)
+    made = TransformersEngine(scripted.loaded, bank, force=["vocabulary", "weights", "template"])
     client = TestClient(make_app(Serving(made, Authority(bank, Policy.off(), {}, Clients(may="any")), "tiny")))
     body = {"model": "tiny", "max_tokens": 64, "messages": [{"role": "user", "content": "Why?"}], "temperature": 0}
 
@@ -239,7 +240,7 @@ def test_a_server_gives_the_thought_as_reasoning_content(scripted: Scripted) -> 
         plain = replace(scripted.loaded, tokenizer=tokenizer())
     finally:
         made.close()
-    made = TransformersEngine(plain, bank, force=True)
+    made = TransformersEngine(plain, bank, force=["vocabulary", "weights"])
     try:
         client = TestClient(make_app(Serving(made, Authority(bank, Policy.off(), {}, Clients(may="any")), "tiny")))
         scripted.script = tokenizer()("Because.", add_special_tokens=False)["input_ids"] + [257]
@@ -255,7 +256,7 @@ def test_the_command_line_shows_thoughts_apart(
     path = tmp_path / "bank.safetensors"
     bank_for(make("llama")).save(path)
     monkeypatch.setattr("safesteer.cli.options.load_for", lambda *_, **__: scripted.loaded)
-    common = ["generate", path, "--prompt", "Why?", "--force", "--steer", "breaking=0.1"]
+    common = ["generate", path, "--prompt", "Why?", *FORCED, "--steer", "breaking=0.1"]
     scripted.say("Hm.</think>Because.$")
     row = json.loads(run(*common, "--json", "--compare")[1])
     assert (row["response"], row["thought"]) == (row["unsteered"], row["unsteered_thought"]) == ("Because.", "Hm.")
@@ -285,7 +286,7 @@ def test_chat_tells_the_thought_from_the_answer_and_forgets_it(
         return found
 
     monkeypatch.setattr("safesteer.engines.generation.encode", spy)
-    code, out, err = run("chat", path, "--force", *(["--json"] if as_json else []))
+    code, out, err = run("chat", path, *FORCED, *(["--json"] if as_json else []))
     assert code == 0
     if as_json:
         rows = [json.loads(line) for line in out.splitlines()]

@@ -6,7 +6,7 @@ KL( p(. | x) || p_s(. | x) ) = sum_v p(v | x) ( log p(v | x) - log p_s(v | x) ) 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def divergences(
     prompts: Sequence[str],
     policies: Sequence[Policy],
     *,
-    force: bool = False,
+    force: Collection[str] = (),
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[float]:
     """KL of the next-token distribution at the end of each prompt, unsteered against steered by `policies`, in nats."""
@@ -61,7 +61,7 @@ def divergences_of(
     prompts: Sequence[str],
     steerings: Sequence[Steering],
     *,
-    force: bool = False,
+    force: Collection[str] = (),
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[list[float]]:
     """`divergences` of several steerings of the same prompts, a list for each; the unsteered model is read once for all.

@@ -68,7 +68,7 @@ def same(found: VectorBank, wanted: VectorBank) -> None:
         # transformers keeps unit states in half precision
         assert float((mine - theirs).norm() / theirs.norm()) < 3e-3, name
     assert found.gate.low == pytest.approx(wanted.gate.low, abs=0.02)
-    assert found.model.differences(wanted.model) == []
+    assert found.model.differences(wanted.model) == {}
     assert found.provenance["prompts"] == wanted.provenance["prompts"]
 
 

@@ -413,7 +413,9 @@ def test_requests_with_an_adapter_are_steered_and_leave_later_ones_alone(world: 
     policies = [Policy.off(), Policy.of({"breaking": 1.5}, gate="always")]
     requests = [Request(text, policy) for text in TEXTS[:6] for policy in policies]
     expected = {
-        adapted: [one.text for one in generate(loaded, world.bank, requests, GenerationSettings(TOKENS), force=True)]
+        adapted: [
+            one.text for one in generate(loaded, world.bank, requests, GenerationSettings(TOKENS), force=["weights"])
+        ]
         for adapted, loaded in ((False, world.loaded), (True, merged))
     }
     assert len({*expected[True], *expected[False]}) > len(requests)

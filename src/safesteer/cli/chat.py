@@ -39,7 +39,7 @@ def chat(
     trust_remote_code: options.TrustRemoteCode = False,
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
-    force: options.Force = False,
+    force: options.Force = None,
     unverified: options.Unverified = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print each answer as one JSON object a line, not streamed.")
@@ -59,7 +59,7 @@ def chat(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
-    opened.check(loaded, force)
+    opened.check(loaded, force or ())
     options.note_check(opened, bank, unverified)
     settings = GenerationSettings(max_new_tokens, temperature, seed, 1, recommended)
     thoughts = Thoughts(loaded.tokenizer)
@@ -122,7 +122,7 @@ def chat(
             try:
                 streamer = None if json else Spoken(thoughts, encode(loaded.tokenizer, history), say)
                 [response] = generate(
-                    loaded, opened, [Request(history, current)], settings, force=force, streamer=streamer
+                    loaded, opened, [Request(history, current)], settings, force=force or (), streamer=streamer
                 )
             except KeyboardInterrupt:
                 history.pop()

@@ -97,7 +97,7 @@ def check(
     trust_remote_code: options.TrustRemoteCode = False,
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
-    force: options.Force = False,
+    force: options.Force = None,
     json: options.AsJson = False,
 ) -> None:
     """Answer held-back prompts unsteered and steered, and write into the bank which categories do harm."""
@@ -116,7 +116,7 @@ def check(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
-    opened.check(loaded, force)
+    opened.check(loaded, force or ())
     found = run_check(loaded, opened, decides, own)
     found.save(bank)
     if json:

@@ -107,7 +107,7 @@ def evaluate(
     trust_remote_code: options.TrustRemoteCode = False,
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
-    force: options.Force = False,
+    force: options.Force = None,
     json: options.AsJson = False,
 ) -> None:
     """Answer suites under a policy and its controls, judge, and write a report. Run it again to go on after a kill."""
@@ -145,7 +145,7 @@ def evaluate(
     )  # fmt: skip
     with progress_bar("Evaluating") as update:
         results = run(
-            loaded, opened, suites, chosen, judges, settings, out_folder, force=force,
+            loaded, opened, suites, chosen, judges, settings, out_folder, force=force or (),
             progress=lambda stage, done, total: update(done, total, stage),
         )  # fmt: skip
     note_usage(judges)

@@ -91,7 +91,7 @@ def explain(
     trust_remote_code: options.TrustRemoteCode = False,
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
-    force: options.Force = False,
+    force: options.Force = None,
     json: options.AsJson = False,
 ) -> None:
     """Show what a bank does and why, with what nothing looks like beside it. With --prompt: what was read in it, and why."""
@@ -143,7 +143,7 @@ def explain(
 
         with working("Reading the prompt"):
             view = explain_prompt(
-                loaded, opened, prompt, response, generate=generate, max_new_tokens=max_new_tokens, force=force
+                loaded, opened, prompt, response, generate=generate, max_new_tokens=max_new_tokens, force=force or ()
             )
         if not json:
             show(view)
@@ -155,7 +155,7 @@ def explain(
         )  # fmt: skip
         with progress_bar("Reading prompts") as update:
             study = explain_bank(
-                loaded, opened, decides, found, settings, force=force,
+                loaded, opened, decides, found, settings, force=force or (),
                 progress=lambda stage, done, total: update(done, total, stage),
             )  # fmt: skip
             written = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,7 +55,7 @@ def respond(
     requests: Sequence[Request],
     settings: GenerationSettings,
     compare: bool,
-    force: bool = False,
+    force: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """One row a request: prompt, response, `unsteered` if `compare`, and `steering`; under a progress bar."""
     from safesteer.engines import generate as generate_texts
@@ -125,7 +125,7 @@ def generate(
     trust_remote_code: options.TrustRemoteCode = False,
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
-    force: options.Force = False,
+    force: options.Force = None,
     unverified: options.Unverified = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line instead of text.")] = False,
 ) -> None:
@@ -156,7 +156,7 @@ def generate(
     settings = GenerationSettings(max_new_tokens, temperature, seed, size, recommended)
     rows = [
         {**extra, **row}
-        for extra, row in zip(extras, respond(loaded, opened, requests, settings, compare, force), strict=True)
+        for extra, row in zip(extras, respond(loaded, opened, requests, settings, compare, force or ()), strict=True)
     ]
     options.note_check(opened, bank, unverified)
     if not deliver(rows, out_file, json):

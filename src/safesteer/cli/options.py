@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from safesteer.vectors import VectorBank
 
 MODELS = "Model"
+
+
+class Forced(StrEnum):
+    """`safesteer.models.fingerprint.CHECKS`, known before torch is loaded."""
+
+    ARCHITECTURE = "architecture"
+    VOCABULARY = "vocabulary"
+    TEMPLATE = "template"
+    WEIGHTS = "weights"
+
+
 ModelArgument = Annotated[str, typer.Argument(help="embedded, a local folder, or a hub id.")]
 BankArgument = Annotated[Path, typer.Argument(help="A bank made by `safesteer fit`.")]
 ModelOption = Annotated[
@@ -36,7 +48,12 @@ TrustRemoteCode = Annotated[
 Load4Bit = Annotated[bool, typer.Option("--4bit", help="Load in 4 bits (needs bitsandbytes).", rich_help_panel=MODELS)]
 Load8Bit = Annotated[bool, typer.Option("--8bit", help="Load in 8 bits (needs bitsandbytes).", rich_help_panel=MODELS)]
 Force = Annotated[
-    bool, typer.Option("--force", help="Apply a bank that was made for another model.", rich_help_panel=MODELS)
+    list[Forced] | None,
+    typer.Option(
+        "--force",
+        help="What may differ between the model and the one that the bank was made for. Repeatable.",
+        rich_help_panel=MODELS,
+    ),
 ]
 Unverified = Annotated[
     bool,

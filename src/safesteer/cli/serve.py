@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 def _vllm(
     path: Path, bank: VectorBank, model: str, revision: str | None, given: list[str], most_waiting: int,
-    trust_remote_code: bool, force: bool, unverified: bool, recommended: bool,
+    trust_remote_code: bool, force: Collection[str], unverified: bool, recommended: bool,
 ) -> tuple[Engine, Sampling]:  # fmt: skip
     """vLLM with the bank's model, and how requests that do not say it are sampled."""
     options.need_vllm()
@@ -89,7 +90,7 @@ def serve(
             help="Sample requests that do not say how as the model's generation_config.json recommends, not at temperature 1.",
         ),
     ] = False,
-    force: options.Force = False,
+    force: options.Force = None,
     unverified: options.Unverified = False,
     json: options.AsJson = False,
 ) -> None:
@@ -128,7 +129,7 @@ def serve(
                 *(["--max-num-seqs", str(batch_size)] if batch_size else []),
                 *passed_on,
             ],
-            most_waiting, trust_remote_code, force, unverified, recommended,
+            most_waiting, trust_remote_code, force or (), unverified, recommended,
         )  # fmt: skip
     else:
         from safesteer.server.on_transformers import BATCH_SIZE, TransformersEngine
@@ -140,7 +141,7 @@ def serve(
         sampling = default_sampling(loaded.model.generation_config if recommended else None)
         with working("Testing that steering reaches the model"):
             running = TransformersEngine(
-                loaded, opened, batch_size=batch_size or BATCH_SIZE, most_waiting=most_waiting, force=force
+                loaded, opened, batch_size=batch_size or BATCH_SIZE, most_waiting=most_waiting, force=force or ()
             )
     try:
         for one in authority.policies:

@@ -82,7 +82,7 @@ def tune(
     trust_remote_code: options.TrustRemoteCode = False,
     load_4bit: options.Load4Bit = False,
     load_8bit: options.Load8Bit = False,
-    force: options.Force = False,
+    force: options.Force = None,
     json: options.AsJson = False,
 ) -> None:
     """Search blocks, dose and tokens for the most safe completions within limits. Run it again to go on after a kill."""
@@ -120,11 +120,11 @@ def tune(
         opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
         trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
     )  # fmt: skip
-    opened.check(loaded, force)
+    opened.check(loaded, force or ())
     limits = Limits(max_degenerate, max_off_topic, max_divergence)
     bench = make_bench(
         loaded, opened, decides, folder, prompts=own, limit=limit,
-        generation=GenerationSettings(max_new_tokens), seed=seed, force=force,
+        generation=GenerationSettings(max_new_tokens), seed=seed, force=force or (),
     )  # fmt: skip
     with progress_bar("Tuning") as update:
         found = run(bench, opened, TuneSettings(trials, limits, per_category, seed), space=space, progress=update)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,7 +77,7 @@ def generate(
     requests: Sequence[Request],
     settings: GenerationSettings | None = None,
     *,
-    force: bool = False,
+    force: Collection[str] = (),
     streamer: Any = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[Response]:
@@ -137,7 +137,9 @@ def generate(
 
 
 @torch.inference_mode()
-def read(loaded: LoadedModel, bank: VectorBank, requests: Sequence[Request], *, force: bool = False) -> list[Reading]:
+def read(
+    loaded: LoadedModel, bank: VectorBank, requests: Sequence[Request], *, force: Collection[str] = ()
+) -> list[Reading]:
     """What the bank's gate reads in each request, without answering it; policies are not looked at."""
     steerer = Steerer(loaded, bank, Policy.off(), force=force)
     encoded = [encode(loaded.tokenizer, request.prompt, request.system) for request in requests]

@@ -11,7 +11,7 @@ get exactly what the unsteered model computes; rows whose gates open are steered
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -41,7 +41,7 @@ class Steerer:
         bank: VectorBank,
         policy: Policy | Sequence[Policy] | None = None,
         *,
-        force: bool = False,
+        force: Collection[str] = (),
     ) -> None:
         bank.check(loaded, force)
         self.loaded = loaded

@@ -6,7 +6,7 @@ so that a resumed run forms the same batches, and gives the same texts, as one t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ def respond(
     ledger: Ledger,
     *,
     model_digest: str,
-    force: bool = False,
+    force: Collection[str] = (),
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
     """One plain row a (condition, suite, prompt): `policy, suite, id, category, label, wrapper, resembles, cluster, prompt,
@@ -97,7 +97,7 @@ def respond_where_acting(
     unsteered: Sequence[dict[str, Any]],
     *,
     model_digest: str,
-    force: bool = False,
+    force: Collection[str] = (),
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
     """Like `respond` to one suite, but prompts for which nothing acts keep the answer they have among the rows `unsteered`.

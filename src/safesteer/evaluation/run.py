@@ -10,7 +10,7 @@ import datetime
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def evaluate(
     settings: EvaluationSettings,
     out: Path,
     *,
-    force: bool = False,
+    force: Collection[str] = (),
     progress: Progress = lambda stage, done, total: None,
 ) -> Results:
     """Run an evaluation and write `responses.jsonl`, `results.json` and `report.html` into `out`.
@@ -264,7 +264,7 @@ def _diverge(
     conditions: Sequence[Condition],
     work: Path,
     model_digest: str,
-    force: bool,
+    force: Collection[str],
     stage: Callable[[str, int], Callable[[int], None]],
 ) -> None:
     """Next-token KL of every steered condition on harmless prompts."""

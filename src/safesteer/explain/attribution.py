@@ -22,7 +22,7 @@ constant, which holds the gate's means. `less` takes another prompt's account of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -138,7 +138,7 @@ def attribute(
     prompt: Conversation,
     *,
     system: str | None = None,
-    force: bool = False,
+    force: Collection[str] = (),
 ) -> Attribution:
     """Account for the risk that the gate of `bank` reads in `prompt`, by two passes up to the gate's last layer.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -103,7 +103,7 @@ def suppress(
     most: int = PAIRS,
     seed: int = 0,
     max_new_tokens: int = 48,
-    force: bool = False,
+    force: Collection[str] = (),
     readings: Mapping[str, PairReading] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> CausalCheck:
@@ -226,7 +226,7 @@ def _ordinary(
     policies: Mapping[str, Policy],
     texts: Sequence[str],
     said: Sequence[str],
-    force: bool,
+    force: Collection[str],
 ) -> dict[Condition, Interval | None]:
     """Of the unsteered answers `said` to harmless `texts`, read under each condition; the categories take turns."""
     found: dict[Condition, Interval | None] = {"unsteered": _mean(negative_log_likelihoods(loaded, texts, said))}

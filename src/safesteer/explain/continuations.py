@@ -15,6 +15,7 @@ as the kind of token that it was in generation (see `engines.steering`): respons
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ def compare(
     max_new_tokens: int = 64,
     *,
     system: str | None = None,
-    force: bool = False,
+    force: Collection[str] = (),
 ) -> Continuations:
     """The greedy answers of the unsteered model and of the model steered by `policy` (None: the bank's default).
 
@@ -221,7 +222,7 @@ def readings(
     response: str | None = None,
     *,
     system: str | None = None,
-    force: bool = False,
+    force: Collection[str] = (),
 ) -> Readings:
     """What the gate of `bank` reads in `prompt`, token by token, and in a `response` to it, all unsteered.
 

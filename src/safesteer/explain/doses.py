@@ -18,7 +18,7 @@ is why it stands beside each figure.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ def dose_response(
     *,
     max_new_tokens: int = 48,
     seed: int = 0,
-    force: bool = False,
+    force: Collection[str] = (),
     progress: Callable[[int], None] = lambda count: None,
 ) -> DoseResponse:
     """Outcomes, perplexity and KL at each of `strengths`, those above the bank's ceiling at the ceiling.
@@ -199,7 +199,7 @@ def by_layer(
     prompts: Mapping[str, Sequence[str]],
     *,
     seed: int = 0,
-    force: bool = False,
+    force: Collection[str] = (),
     progress: Callable[[int], None] = lambda count: None,
 ) -> LayerEffects:
     """Next-token KL of harmful `prompts`, by category of the bank, with the whole dose at each block that the bank holds.

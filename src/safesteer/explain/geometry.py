@@ -15,7 +15,7 @@ kept for the steered ones, so that a move is a move and not a new view.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,7 +116,7 @@ def collect_for_explain(
     layers: Sequence[int] | None = None,
     *,
     most: int = PAIRS,
-    force: bool = False,
+    force: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Material:
     """Read the prompts of each category, their counterparts and harmless ones, unsteered and steered.

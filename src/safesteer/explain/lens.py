@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -160,7 +160,7 @@ def by_steering(
     least: float = LEAST,
     controls: int = STEERED_CONTROLS,
     seed: int = 0,
-    force: bool = False,
+    force: Collection[str] = (),
 ) -> Lens:
     """What steering by `category`, always on at strength 1, does to the first token after `prompts`, on average, in nats.
 

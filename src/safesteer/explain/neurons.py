@@ -14,7 +14,7 @@ a rising activation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -164,7 +164,7 @@ def find(
     count: int = 10,
     swaps: int = SWAPS,
     seed: int = 0,
-    force: bool = False,
+    force: Collection[str] = (),
     readings: Mapping[str, PairReading] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> NeuronView:

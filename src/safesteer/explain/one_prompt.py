@@ -7,6 +7,7 @@ p(y_i), p'(y_i)   unsteered and steered, along both answers   (see `continuation
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ def explain_prompt(
     *,
     generate: bool = False,
     max_new_tokens: int = 48,
-    force: bool = False,
+    force: Collection[str] = (),
 ) -> PromptView:
     """Read `prompt`, and a given `response` or the two answers that the model gives (`generate`), under the default policy.
 

@@ -12,7 +12,7 @@ A stage that was left out, or that this model or bank cannot give, stands in `le
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -185,7 +185,7 @@ def explain_bank(
     found: Sources,
     settings: StudySettings | None = None,
     *,
-    force: bool = False,
+    force: Collection[str] = (),
     progress: Progress = lambda stage, done, total: None,
 ) -> Study:
     """Find out all of it, for the categories of `found` (see `sources`). `progress(stage, done, total)`.
@@ -224,7 +224,7 @@ class _Work:
         judge: Judge,
         found: Sources,
         settings: StudySettings,
-        force: bool,
+        force: Collection[str],
         progress: Progress,
     ) -> None:
         self.loaded, self.bank, self.judge, self.found = loaded, bank, judge, found

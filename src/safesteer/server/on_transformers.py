@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class TransformersEngine:
         *,
         batch_size: int = BATCH_SIZE,
         most_waiting: int = 256,
-        force: bool = False,
+        force: Collection[str] = (),
     ) -> None:
         self.loaded, self.bank, self._batch_size, self._most_waiting = loaded, bank, batch_size, most_waiting
         self.tokenizer, self._thoughts = loaded.tokenizer, Thoughts(loaded.tokenizer)

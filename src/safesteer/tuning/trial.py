@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Bench:
     model_digest: str
     worst_degenerate: float = 1.0
     worst_divergence: float = math.inf
-    force: bool = False
+    force: Collection[str] = ()
 
 
 def tuning_suite(bank: VectorBank, prompts: PromptSet | None = None, limit: int | None = None, seed: int = 0) -> Suite:
@@ -143,7 +143,7 @@ def make_bench(
     parts: int = PARTS,
     generation: GenerationSettings | None = None,
     seed: int = 0,
-    force: bool = False,
+    force: Collection[str] = (),
 ) -> Bench:
     """The bench of a bank: prompts of the tuning split of its categories (built in, or of `prompts`), at most `limit` of them.
 

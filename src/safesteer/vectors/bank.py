@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +25,7 @@ from safesteer import taxonomy
 from safesteer.errors import BankError, FingerprintMismatchError
 from safesteer.files import write_atomically
 from safesteer.models import Fingerprint, LoadedModel, Site, fingerprint
+from safesteer.models.fingerprint import CHECKS
 from safesteer.vectors.gate import Gate
 from safesteer.vectors.neurons import RiskNeurons
 
@@ -124,16 +125,24 @@ class VectorBank:
         """This bank without the check of its effect: every category may act."""
         return replace(self, provenance={key: value for key, value in self.provenance.items() if key != "check"})
 
-    def check(self, loaded: LoadedModel | Fingerprint, force: bool = False) -> None:
-        """Raise `FingerprintMismatchError`, saying what differs, if this bank is not of this model (unless `force`)."""
-        other = loaded if isinstance(loaded, Fingerprint) else fingerprint(loaded)
+    def check(self, loaded: LoadedModel | Fingerprint, force: Collection[str] = ()) -> None:
+        """Raise `FingerprintMismatchError`, saying what differs, if this bank is not of this model.
+
+        `force` names what may differ, of `safesteer.models.fingerprint.CHECKS`; widths and numbers of layers may not. Raises
+        `BankError` for other names.
+        """
+        if isinstance(force, (str, bool)) or not set(force) <= set(CHECKS):
+            raise BankError(f"force={force!r}: give a list of what may differ, of {', '.join(CHECKS)}")
+        other = loaded if isinstance(loaded, Fingerprint) else fingerprint(loaded, self.model.weights)
         differences = self.model.differences(other)
-        fatal = self.model.width != other.width or max(self.layers) >= other.layers
-        if differences and (fatal or not force):
+        refused = [name for name in differences if name not in force]
+        if refused:
+            forced = "" if set(refused) - set(CHECKS) else " ".join(f"--force {name}" for name in refused)
             raise FingerprintMismatchError(
                 f"the bank was made for another model ({self.provenance.get('model', 'unnamed')}): "
-                f"{'; '.join(differences)} differ{'s' if len(differences) == 1 else ''}. Fit a bank for this model"
-                + ("" if fatal else ", or apply it all the same with --force (force=True)")
+                f"{'; '.join(differences[name] for name in refused)} differ{'s' if len(refused) == 1 else ''}. "
+                "Fit a bank for this model"
+                + (f", or apply it all the same with {forced} (force={refused})" if forced else "")
             )
 
     def digest(self) -> str:

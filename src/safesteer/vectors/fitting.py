@@ -358,7 +358,7 @@ def fit(
         encoded_forms = encode_all(model, [row.text for row in formed])
         forms = reading.prompts(formed, encoded_forms, gate_layers, "residual", "last", gate_layers)[2]
         gate = _gate([*rows, *formed], Joined([part for part in (turns, forms) if part is not None]), chosen)
-        encoded_unseen = _encode_all(subject.tokenizer, [row.text for row in unseen])
+        encoded_unseen = encode_all(model, [row.text for row in unseen])
         others = reading.prompts(unseen, encoded_unseen, gate_layers, "residual", "last", gate_layers)[2]
         if others is not None:
             gate = measured(gate, others, [row.kind for row in unseen])
