@@ -173,12 +173,19 @@ def load(
 
 def load_for(bank: VectorBank, model: str | None, **options: Any) -> LoadedModel:
     """Load the model that a bank names, or `model`."""
-    name = model or bank.provenance.get("model")
-    if not name:
-        raise SafeSteerError("the bank does not name its model; give --model")
-    if options.get("revision") is None and model is None:
-        options["revision"] = bank.provenance.get("revision") if name != "embedded" else None
+    name, options["revision"] = named_model(bank, model, options.get("revision"))
     return load(name, **options)
+
+
+def named_model(bank: VectorBank, model: str | None, revision: str | None) -> tuple[str, str | None]:
+    """See `safesteer.vectors.locating`; says so where the bank's model was found elsewhere than the bank says."""
+    from safesteer.vectors import locating
+
+    own = bank.provenance.get("model")
+    name, found_revision = locating.named_model(bank, model, revision)
+    if model is None and name != own:
+        note(f"the bank's model is not at {own} and was found at {name}, by its weights")
+    return name, found_revision
 
 
 def parse_steer(items: list[str], gate: str | None, tokens: str | None) -> Policy:

@@ -112,18 +112,15 @@ def serve(
     opened = options.open_bank(bank, unverified)
     authority, keys = Authority.of(opened, policy), Keys.of(api_key_file)
     run.check_host(host, bool(keys))
-    chosen = model or opened.provenance.get("model")
-    if not chosen:
-        raise SafeSteerError("the bank does not name its model; give --model")
+    chosen, revision = options.named_model(opened, model, revision)
     running: Engine
     if on_vllm:
         unused = {"--device": device, "--device-map": device_map, "--4bit": load_4bit, "--8bit": load_8bit}
         given = [name for name, value in unused.items() if value]
         if given:
             raise SafeSteerError(f"{given[0]} is for --engine transformers; vLLM has options of its own")
-        own = model is None and chosen != "embedded"
         running, sampling = _vllm(
-            bank, opened, chosen, opened.provenance.get("revision") if own and revision is None else revision,
+            bank, opened, chosen, revision,
             [
                 *(["--dtype", dtype] if dtype else []),
                 *(["--max-num-seqs", str(batch_size)] if batch_size else []),
@@ -134,8 +131,8 @@ def serve(
     else:
         from safesteer.server.on_transformers import BATCH_SIZE, TransformersEngine
 
-        loaded = options.load_for(
-            opened, model, dtype=dtype, device=device, device_map=device_map, revision=revision,
+        loaded = options.load(
+            chosen, dtype=dtype, device=device, device_map=device_map, revision=revision,
             trust_remote_code=trust_remote_code, load_4bit=load_4bit, load_8bit=load_8bit,
         )  # fmt: skip
         sampling = default_sampling(loaded.model.generation_config if recommended else None)

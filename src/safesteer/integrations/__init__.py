@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safesteer.errors import SafeSteerError
-
 if TYPE_CHECKING:
     from safesteer.models import LoadedModel
     from safesteer.policy import Policy
@@ -47,9 +45,9 @@ class OpenedBank:
 
 def open_bank(bank: str | Path, policy: str = "default", model: str | None = None) -> OpenedBank:
     """Read a bank and the policy for it. Raises `BankError`, `PolicyError`, or `SafeSteerError` if no model is named."""
-    from safesteer.models import EMBEDDED
     from safesteer.policy import Policy
     from safesteer.vectors import VectorBank
+    from safesteer.vectors.locating import named_model
 
     opened = VectorBank.load(bank)
     if policy == "default":
@@ -58,8 +56,4 @@ def open_bank(bank: str | Path, policy: str = "default", model: str | None = Non
         chosen = Policy.off()
     else:
         chosen = Policy.from_yaml(policy)
-    name = model or opened.provenance.get("model")
-    if not name:
-        raise SafeSteerError(f"{bank} does not name its model; say which one to load")
-    revision = opened.provenance.get("revision") if model is None and name != EMBEDDED else None
-    return OpenedBank(opened, chosen.resolved(opened), str(name), revision)
+    return OpenedBank(opened, chosen.resolved(opened), *named_model(opened, model))

@@ -20,7 +20,7 @@ from safesteer.models.chat import template_digest
 from safesteer.models.context import context_of
 from safesteer.models.embedded import embedded_source
 from safesteer.models.fingerprint import Fingerprint, coarsest, compared, outside, readable, sampled, type_name
-from safesteer.models.loading import EMBEDDED, is_quantized, load_tokenizer, model_class, quiet_transformers
+from safesteer.models.loading import EMBEDDED, is_quantized, load_tokenizer, looks_local, model_class, quiet_transformers
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 
@@ -152,7 +152,7 @@ def _generation_end(folder: Path, config: Any) -> Any:
 
 
 def _download(name: str, revision: str | None) -> str:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if looks_local(name):
         raise SafeSteerError(f"{name}: no such model folder; name a folder that holds config.json, or a hub id")
     from huggingface_hub import snapshot_download
 

@@ -3,7 +3,7 @@
 A fingerprint holds the shape of the model and a sample of its weights: up to `SAMPLES` evenly spaced values of every parameter
 outside the blocks, and of `PARAMETERS` floating-point parameters evenly spaced in order of name. Values a and b agree if
 
-    |a - b| <= u max(|a|, |b|) + NOISE rms(a) + SUBNORMAL
+    |a - b| <= (u + NOISE) max(|a|, |b|) + NOISE rms(a) + SUBNORMAL
 
 u: 0 for one data type, else the sum of what rounding to either moves a value by. Of a quantised model only what stands outside
 its blocks is read (embeddings, the last norm): quantising rounds what is in them, and may scale the norms of blocks (AWQ,
@@ -32,7 +32,7 @@ ROUNDING = {
     "bfloat16": 2.0**-8,
 }  # relative, in order of coarseness
 SUBNORMAL = 2.0**-25  # what rounding to float16 moves the smallest values by
-NOISE = 2.0**-14  # of weights that one machine dequantised and another
+NOISE = 2.0**-12  # of weights that one machine dequantised and another: far under a step of four bits
 CLOSE = 0.25  # ||a - b|| / ||a|| of weights that a fine-tune or quantising to four bits may move
 CHECKS = ("architecture", "vocabulary", "template", "weights")
 """What may differ between a bank's model and the one at hand if a user forces it by name; depth and width may never."""
@@ -94,7 +94,7 @@ class Fingerprint:
             return float("inf")
         types = {self.dtype, other.dtype}
         unit = sum(ROUNDING.get(one, ROUNDING["bfloat16"]) for one in types) if len(types) > 1 else 0.0
-        allowed = unit * torch.maximum(a.abs(), b.abs()) + NOISE * a.square().mean().sqrt() + SUBNORMAL
+        allowed = (unit + NOISE) * torch.maximum(a.abs(), b.abs()) + NOISE * a.square().mean().sqrt() + SUBNORMAL
         agree = bool(((a - b).abs() <= allowed).all())  # a value that is no number agrees with nothing
         return None if agree else float((a - b).norm() / a.norm().clamp_min(SUBNORMAL))
 

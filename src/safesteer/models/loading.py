@@ -137,6 +137,11 @@ def load_tokenizer(source: str, **arguments: Any) -> Any:
     return tokenizer
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a folder's, and no hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def load_model(
     name: str = EMBEDDED,
     *,
@@ -160,8 +165,8 @@ def load_model(
         raise SafeSteerError(f"unknown dtype {dtype!r}; use {', '.join(DTYPES)}")
     if device is not None and device_map is not None:
         raise SafeSteerError("give either a device or a device map, not both")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if name != EMBEDDED and looks_local and not Path(name).expanduser().is_dir():
+    local = looks_local(name)
+    if name != EMBEDDED and local and not Path(name).expanduser().is_dir():
         raise SafeSteerError(f"{name}: no such model folder; name a folder that holds config.json, or a hub id")
     where = device or default_device()
     arguments: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -172,9 +177,7 @@ def load_model(
         arguments["device_map"] = device_map
     chosen = DTYPES[dtype] if dtype else (torch.float32 if where == "cpu" and device_map is None else "auto")
     with quiet_transformers():
-        source = (
-            embedded_source(progress) if name == EMBEDDED else str(Path(name).expanduser() if looks_local else name)
-        )
+        source = embedded_source(progress) if name == EMBEDDED else str(Path(name).expanduser() if local else name)
         progress(f"Loading {name}")
         try:
             tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)

