@@ -20,7 +20,14 @@ from safesteer.models.chat import template_digest
 from safesteer.models.context import context_of
 from safesteer.models.embedded import embedded_source
 from safesteer.models.fingerprint import Fingerprint, coarsest, compared, outside, readable, sampled, type_name
-from safesteer.models.loading import EMBEDDED, is_quantized, load_tokenizer, looks_local, model_class, quiet_transformers
+from safesteer.models.loading import (
+    EMBEDDED,
+    is_quantized,
+    load_tokenizer,
+    looks_local,
+    model_class,
+    quiet_transformers,
+)
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 
