@@ -37,7 +37,7 @@ OPENING = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% end
 CLOSED = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
 
 
-def made(*marks: str, special: bool = True, template: str = TEMPLATE) -> Any:
+def made(*marks: str, special: bool = True, template: str | None = TEMPLATE) -> Any:
     """The tiny tokenizer with further tokens."""
     one = tokenizer()
     one.add_tokens([AddedToken(mark, special=special) for mark in marks], special_tokens=special)
@@ -98,6 +98,15 @@ def test_a_thought_that_the_template_opens() -> None:
     assert Thoughts(one).opened(encode(one, "Why?")) == "<think>\n"
     assert Thoughts(one).opened(encode(made(template=OPENING), "Why?")) == "<think>\n"
     assert split(made("<think>", "</think>", template=CLOSED), "Because.") == Said("Because.")
+
+
+def test_a_prompt_that_says_nothing_opens_a_thought_too() -> None:
+    """Where the words end is not known then: a marker at the very end is the template's."""
+    for template, opened in ((OPENING, "<think>\n"), (TEMPLATE, ""), (CLOSED, "")):
+        one = made("<think>", "</think>", template=template)
+        assert Thoughts(one).opened(encode(one, " ")) == opened
+    bare = encode(made(template=None), "What is <think> for?")
+    assert (bare.content_end, Thoughts(tokenizer()).opened(bare)) == (len(bare), "")
 
 
 def test_what_a_user_writes_opens_no_thought() -> None:
@@ -377,7 +386,7 @@ def test_a_trial_counts_no_thought_as_a_safe_answer(
     )
     settings = GenerationSettings(24)
     parts = (Suite("part", rows, "made up"),)
-    bench = Bench(scripted.loaded, parts, ("Hello there",), Reads(), settings, tmp_path, "digest", force=True)
+    bench = Bench(scripted.loaded, parts, ("Hello there",), Reads(), settings, tmp_path, "digest")
     monkeypatch.setattr("safesteer.tuning.trial.WEAKEST", -1.0)  # what it says is settled: no next token moves
     scripted.say("Hm.</think>Because.$", LONG)
     found = assess(bench, bank)

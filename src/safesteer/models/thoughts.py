@@ -30,6 +30,7 @@ PAIRS = (  # of models whose vocabulary or template has them
     ("◁think▷", "◁/think▷"),  # Kimi
     ("Here is my thought process:", "Here is my response:"),  # Granite 3.2
 )
+TAIL = 32  # tokens
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 _HEADER = r"(?:<\|start\|>assistant)?<\|channel\|>"
 _HARMONY_FIELDS = {
@@ -95,9 +96,12 @@ class Thoughts:
 
     def opened(self, prompt: EncodedPrompt) -> str:
         """The thought that a rendered prompt leaves open, from its marker on; empty: none, what follows is an answer."""
-        tail = self.decode(prompt.ids[prompt.content_end :])
+        behind = prompt.ids[prompt.content_end :]
+        tail = self.decode(behind or prompt.ids[-TAIL:])
         start = max((found.start() for found in self._opening.finditer(tail)), default=-1)
         closed = max((found.start() for found in self._closing.finditer(tail)), default=-1) if self._closing else -1
+        if not behind and start >= 0 and self._opening.sub("", tail[start:]).strip():
+            return ""  # where the user's words end is not known: only a marker that nothing follows is the template's
         return tail[start:] if start > closed else ""
 
     def reader(self, prompt: EncodedPrompt) -> Reader:
