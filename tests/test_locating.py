@@ -17,7 +17,7 @@ from safesteer.models.files import model_files
 from safesteer.vectors import VectorBank
 from safesteer.vectors.fitting import Subject
 from safesteer.vectors.locating import named_model
-from tests.tiny import Run, bank_for, make
+from tests.tiny import Run, bank_for, make, prompts
 
 
 def write(folder: Path, **changes: int) -> None:
@@ -98,11 +98,25 @@ def test_a_folder_that_is_nowhere_is_refused_with_the_paths_tried(
     ]
     tried = ", ".join(str(one) for one in dict.fromkeys(paths[1:]) if one != paths[0])
     sentence = f"the bank's model is not at {paths[0]}, nor at {tried}; say where it is with --model (model=)"
+    rows = [
+        json.dumps(
+            {
+                "prompt": f"{one.text} {part}",
+                "matched": f"{one.matched} {part}",
+                "category": one.category,
+                "split": part,
+            }
+        )
+        for one in prompts()
+        for part in ("fit", "tune", "test")
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows), encoding="utf-8")
     for command in ("generate", "serve", "check", "tune", "explain", "chat", "evaluate"):
         more = {
             "generate": ["--prompt", "Hi"],
             "explain": ["--prompt", "Hi"],
-            "tune": ["--out", "y"],
+            "tune": ["--out", "y", "--prompts", "own.jsonl"],
+            "check": ["--prompts", "own.jsonl"],
             "evaluate": ["--suite", "soundalikes", "--out", "x"],
         }.get(command, [])
         code, out, err = run(command, project / "bank.safetensors", *more)
