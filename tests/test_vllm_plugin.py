@@ -22,8 +22,8 @@ from safesteer.engines.vllm import options, reading_of, starting
 from safesteer.engines.vllm_collect import Collector, What
 from safesteer.engines.vllm_fit import InVllm, what_to_read
 from safesteer.engines.vllm_seams import _configuring
-from safesteer.engines.vllm_worker import Pass, all_here
-from safesteer.errors import SteeringError
+from safesteer.engines.vllm_worker import Pass, _patch, all_here, tap
+from safesteer.errors import SteeringError, UnsupportedModelError
 from safesteer.models import LoadedModel
 from safesteer.models.layout import find_layout, hidden_of
 from safesteer.prompts import PromptSet, harmless_pool, soundalikes
@@ -225,3 +225,20 @@ def test_a_fit_whose_prompts_a_worker_reads_equals_one_that_reads_them_here(
     assert there.gate.unseen["pool"][1] == there.gate.unseen["soundalike"][1] == 6
     assert there.gate.unseen == here.gate.unseen
     assert there.gate.low == pytest.approx(here.gate.low, abs=0.02)  # whose states are kept in halves
+
+
+def test_each_token_moves_by_its_own_row_also_where_blocks_have_a_dimension_of_one_row() -> None:
+    """As in models that vLLM runs by transformers' code; several streams are refused, never steered as rows."""
+    table, index = torch.arange(12.0).reshape(3, 4), torch.tensor([2, 0, 1])
+    hidden = torch.zeros(3, 4)
+    for given in (hidden, hidden.unsqueeze(0)):
+        module, states = nn.Identity(), torch.full((8, 4), -1.0)
+        tap(module, states)
+        _patch(module, table, index)
+        assert torch.equal(module(given).reshape(3, 4), table[index])
+        assert torch.equal(states[:3], hidden)
+    for streams in (torch.zeros(3, 2, 4), torch.zeros(3, 8)):
+        module = nn.Identity()
+        _patch(module, table, index)
+        with pytest.raises(UnsupportedModelError, match="several residual streams"):
+            module(streams)

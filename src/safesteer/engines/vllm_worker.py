@@ -21,7 +21,7 @@ import torch
 from safesteer.engines.slots import Slots, sent
 from safesteer.engines.vllm import READ, Specs, read_spec, spec_of
 from safesteer.errors import SteeringError
-from safesteer.models.layout import ModelLayout, find_layout, hidden_of, with_hidden
+from safesteer.models.layout import ModelLayout, check_stream, find_layout, hidden_of, with_hidden
 from safesteer.policy import composed
 from safesteer.vectors import VectorBank
 from safesteer.vectors.gate import TAIL, centre
@@ -197,6 +197,13 @@ def all_here(layout: ModelLayout, held: Collection[int], needed: Collection[int]
             raise SteeringError(f"block {layer} is not in the stage of the pipeline where vLLM says it is")
 
 
+def _by_token(hidden: torch.Tensor, width: int) -> torch.Tensor:
+    """`[tokens, width]`: models that vLLM runs by transformers' code have a dimension of one row before it."""
+    flat = hidden.flatten(0, -2) if hidden.dim() == 3 and hidden.shape[0] == 1 else hidden
+    check_stream(flat, (flat.shape[0], width), "a block puts")
+    return flat
+
+
 def _patch(module: torch.nn.Module, table: torch.Tensor, index: torch.Tensor) -> None:
     """The module's output moves by its table's rows; buffers, so that a compiled graph reads them anew each time."""
     original = module.forward
@@ -206,7 +213,7 @@ def _patch(module: torch.nn.Module, table: torch.Tensor, index: torch.Tensor) ->
     def forward(*arguments: Any, **keywords: Any) -> Any:
         output = original(*arguments, **keywords)
         hidden = hidden_of(output)
-        rows = module.safesteer_index[: hidden.shape[0]]  # type: ignore[index]
+        rows = module.safesteer_index[: _by_token(hidden, table.shape[1]).shape[0]]  # type: ignore[index]
         return with_hidden(output, hidden + module.safesteer_table[rows])  # type: ignore[index]
 
     module.forward = forward
@@ -225,6 +232,7 @@ def tap(module: torch.nn.Module, states: torch.Tensor, whole: bool = False) -> N
         hidden = hidden_of(output)
         if not whole and isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], torch.Tensor):
             hidden = hidden + output[1]
+        hidden = _by_token(hidden, states.shape[1])
         module.safesteer_states[: hidden.shape[0]].copy_(hidden)  # type: ignore[index]
         return output
 

@@ -194,12 +194,7 @@ def check_blocks(model: Any, layout: ModelLayout) -> None:
                 raise UnsupportedModelError(
                     f"{kind} runs its blocks {times}; SafeSteer steers models that run each once"
                 )
-            shape = tuple(states[0].shape)
-            if shape != (1, PROBE, layout.width):
-                raise UnsupportedModelError(
-                    f"the blocks of {kind} put out {list(shape)} for {PROBE} tokens of width {layout.width}, several residual "
-                    "streams instead of one; SafeSteer steers models with one residual stream"
-                )
+            check_stream(states[0], (1, PROBE, layout.width), f"the blocks of {kind} put")
         whole = seen[-1].pop()[0, :SHORT].float()
         layout.decoder(input_ids=ids[:, :SHORT], use_cache=False)
         alone = seen[-1].pop()[0].float()
@@ -215,6 +210,15 @@ def check_blocks(model: Any, layout: ModelLayout) -> None:
     if float(((whole - alone).norm(dim=-1) / whole.norm(dim=-1).clamp_min(1e-9)).median()) > ALIKE:
         raise UnsupportedModelError(
             f"{kind} reads the beginning of a text otherwise when more follows; SafeSteer steers causal decoders"
+        )
+
+
+def check_stream(hidden: torch.Tensor, shape: tuple[int, ...], who: str) -> None:
+    """Raise `UnsupportedModelError` for hidden states of another shape than one residual stream has."""
+    if tuple(hidden.shape) != shape:
+        raise UnsupportedModelError(
+            f"{who} out {list(hidden.shape)} where {list(shape)} was expected, several residual streams instead of one; "
+            "SafeSteer steers models with one residual stream"
         )
 
 
