@@ -149,8 +149,10 @@ def test_a_gate_reads_a_multimodal_model_outside_generate(architecture: str) -> 
             bare = [one.to_json() for one in steerer.plans]
             loaded.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1)
             assert bare == [one.to_json() for one in steerer.plans]
+            loaded.model(input_ids=torch.tensor([encode(loaded.tokenizer, TEXTS[0]).ids]))  # no mask: no padding
+            assert [one.to_json() for one in steerer.plans] == bare[:1]
         for tokens in ("continuation", "prompt"):
-            with Steerer(loaded, bank, Policy.of({"breaking": 2.0}, tokens=tokens)):  # type: ignore[arg-type]
+            with Steerer(loaded, bank, Policy.of({"breaking": 2.0}, gate="always", tokens=tokens)):  # type: ignore[arg-type]
                 many = loaded.model(input_ids=ids, attention_mask=mask).logits
                 for row, text in enumerate(TEXTS):
                     alone = loaded.model(input_ids=torch.tensor([encode(loaded.tokenizer, text).ids])).logits[0, -1]

@@ -339,7 +339,7 @@ def test_perplexity_is_read_under_the_neurons_held(llama: LoadedModel) -> None:
     settings = GenerationSettings(6)
     texts = causal.harmless_pool().split("tune").texts[: causal.ORDINARY]
     said = [one.text for one in generate(llama, None, [Request(text) for text in texts], settings)]
-    found = causal._ordinary(llama, {"selective": bank}, policies, texts, said, False)
+    found = causal._ordinary(llama, {"selective": bank}, policies, texts, said, ())
     read = []
     for turn, (text, answer) in enumerate(zip(texts, said, strict=True)):
         with Steerer(llama, bank, policies[bank.categories[turn % 2]]):

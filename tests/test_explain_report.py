@@ -30,6 +30,7 @@ from safesteer.explain.pieces import Section, file_name
 from safesteer.explain.plots import plot
 from safesteer.explain.sources import sources
 from safesteer.explain.study import STAGES, Study, StudySettings, explain_bank
+from safesteer.files import json_text
 from safesteer.judges.base import Exchange, Judgement
 from safesteer.prompts import Prompt, PromptSet, harmless_pool
 from safesteer.prompts.sets import evenly
@@ -378,7 +379,8 @@ def test_sources_ask_other_prompts_than_those_it_was_fitted_on_where_there_are_s
 
 
 def test_no_number_that_json_lacks_is_written() -> None:
-    assert report._finite({"a": (1.0, float("nan"), float("-inf")), 2: "x"}) == {"a": [1.0, None, None], "2": "x"}
+    written = json_text({"a": (1.0, float("nan"), float("-inf")), 2: "x"})
+    assert json.loads(written) == {"a": [1.0, None, None], "2": "x"}
 
 
 # -- one prompt --------------------------------------------------------------------------------------------------------

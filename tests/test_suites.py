@@ -218,7 +218,11 @@ def test_catqa_as_published_loads_and_counts_repeated_questions_once(catqa: Path
     suite = load_suite(f"catqa={catqa}")
     assert 500 < len(suite) < 550
     assert len({row.prompt for row in suite}) == len(suite) == len({row.identifier for row in suite})
-    assert all(taxonomy.find(row.category or "") for row in suite)
+    unknown = {row.category for row in suite if taxonomy.find(row.category or "") is None}
+    assert unknown == {
+        "physical_harm",
+        "child_abuse",
+    }  # each is more than any hazard of the taxonomy, and keeps its name
 
 
 def test_a_beavertails_prompt_counts_once_with_the_first_category_of_its_first_unsafe_answer(tmp_path: Path) -> None:

@@ -218,7 +218,8 @@ class Steerer:
         if tokens_in(cache) != 0:
             self._continue(cache, count)
             return
-        if mask is None and keywords.get("attention_mask") is not None and any(one.gated for one in self._policies):
+        given = self._hooks.given or keywords  # a multimodal model makes masks of its own for its decoder
+        if mask is None and given.get("attention_mask") is not None and any(one.gated for one in self._policies):
             raise SteeringError("a gated policy needs a 2-D attention mask to find the end of each prompt")
         self._prepare(input_ids, mask)
         self._cached, self._cache = count, None
