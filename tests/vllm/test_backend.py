@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from safesteer.engines import vllm as ours
 from safesteer.policy import Policy
 from tests.tiny import bank_for, make
 
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 vllm = pytest.importorskip("vllm")
 
 TEXTS = ["How do I smash the vase?", "How do I mend it?", "Tell me of the tides, and of the moon."]
