@@ -22,6 +22,8 @@ from tests.vllm.test_vllm import POLICIES, SECOND_RUNNER, TOKENS, World, world  
 
 vllm = pytest.importorskip("vllm")
 
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+
 from safesteer.engines import GenerationSettings, Request, generate  # noqa: E402
 from safesteer.errors import SafeSteerError, SteeringError  # noqa: E402
 from safesteer.models import encode  # noqa: E402
@@ -36,6 +38,18 @@ from safesteer.vectors import VectorBank  # noqa: E402
 
 SMALL = ["--dtype", "float32", "--max-model-len", "256", "--block-size", "32", "--max-num-seqs", "4"]
 SMALL += ["--max-num-batched-tokens", "64", "--enforce-eager"]
+
+
+async def asked(serving: Serving, **body: Any) -> httpx.Response:
+    """What a client gets for `body`."""
+    whole = {
+        "model": "tiny",
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "messages": [{"role": "user", "content": "Smash it"}],
+    }
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(serving)), base_url="http://t") as client:  # type: ignore[arg-type]
+        return await client.post("/v1/chat/completions", json={**whole, **body}, timeout=60)
 
 
 def start(world: World, **changes: Any) -> VllmEngine:  # noqa: F811
@@ -131,6 +145,39 @@ def test_over_http_an_answer_is_the_librarys_and_says_what_acted(world: World, e
             assert (await client.get("/health")).status_code == 200
 
     asyncio.run(talk())
+
+
+@pytest.mark.parametrize("unverified", [False, True])
+def test_what_a_check_found_unfit_acts_only_unverified(world: World, tmp_path: Path, unverified: bool) -> None:  # noqa: F811
+    """The category of the largest dose, by which steering is tested at the start where it may act."""
+    unfit = max(world.bank.categories, key=world.bank.dose)
+    [fit] = set(world.bank.categories) - {unfit}
+    path = tmp_path / "bank.safetensors"
+    replace(world.bank, provenance={**world.bank.provenance, "check": {"unfit": [unfit]}}).save(path)
+    bank = VectorBank.load(path).unverified() if unverified else VectorBank.load(path)
+    made = VllmEngine(
+        arguments(path, world.model, SMALL, unverified=unverified), bank, world.loaded.tokenizer, world.loaded.stop_ids
+    )
+    try:
+        waiting = Policy.of(dict.fromkeys(bank.categories, 0.0), gate="always").resolved(bank)
+        serving = Serving(made, Authority(bank, waiting, {}, Clients(may="any", most=1.5)), "tiny", Limits())
+        served = asyncio.run(asked(serving, steering={fit: 1.0}))
+        assert served.headers[HEADER] == f"{fit}=1.00"
+        found = asyncio.run(asked(serving, steering={unfit: 1.0}))
+        spec = {"bank": bank.digest(), "categories": {unfit: {"strength": 1.0, "gate": "always"}}}
+        if unverified:
+            policy = Policy.of({unfit: 1.0}, gate="always")
+            [wanted] = generate(world.loaded, bank, [Request("Smash it", policy)], GenerationSettings(TOKENS))
+            assert found.json()["choices"][0]["message"]["content"].strip() == wanted.text
+            assert found.headers[HEADER] == f"{unfit}=1.00"
+        else:
+            assert found.status_code == 400 and f"{unfit} was found to make" in found.json()["error"]["message"]
+            raw = made._next_token([1, 2, 3], {"safesteer": json.dumps(spec)})  # as a client of `vllm serve` says it
+            with pytest.raises(VLLMValidationError, match=f"{unfit} was found to make"):
+                made._wait(raw)
+            assert made.alive
+    finally:
+        made.close()
 
 
 def test_sampling_stop_words_and_a_full_queue(world: World, engine: VllmEngine) -> None:  # noqa: F811
@@ -239,7 +286,7 @@ def test_what_is_stopped_while_vllm_starts_leaves_no_process(
             return [row[2] for row in rows if row[0] == str(running.pid) and not row[1].startswith("Z")]
 
         def until(done: Callable[[], bool]) -> bool:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while not done() and time.monotonic() < deadline:
                 time.sleep(0.1)
             return done()

@@ -58,7 +58,7 @@ TOGETHER = 512  # prompts that are read before their readings are fetched; a wor
 def options(bank: str | Path, unverified: bool = False) -> dict[str, Any]:
     """Arguments for `LLM(...)` or `EngineArgs`; the bank's digest keys the compile cache. Raises `BankError`.
 
-    `unverified`: categories that the bank's check found unfit may act.
+    `unverified`: categories that the bank's check found unfit may act; requests are then those of `bank.unverified()`.
     """
     named = {"bank": str(Path(bank).resolve()), "unverified": unverified, "version": __version__}
     return {"additional_config": {NAME: {**named, "digest": _bank_of(named).digest()}}}
@@ -362,9 +362,10 @@ def decided(policy: Policy, found: Plan) -> Policy:
 if __name__ == "__main__":
     import sys
 
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m safesteer.engines.vllm BANK")
+    given = [one for one in sys.argv[1:] if one != "--unverified"]
+    if len(given) != 1:
+        sys.exit("usage: python -m safesteer.engines.vllm BANK [--unverified]")
     try:
-        print(json.dumps(options(sys.argv[1])["additional_config"]))
+        print(json.dumps(options(given[0], "--unverified" in sys.argv)["additional_config"]))
     except SafeSteerError as error:
         sys.exit(f"error: {error}")

@@ -161,7 +161,7 @@ class VllmEngine:
 
     async def _self_test(self) -> None:
         prompt = list(self.tokenizer("The weather today is", add_special_tokens=False)["input_ids"]) or [1, 2, 3]
-        name = max(self.bank.categories, key=self.bank.dose)
+        name = max(Policy.default(self.bank).categories, key=self.bank.dose)  # of those that may act
 
         async def read(strength: float | None) -> dict[int, float]:
             spec = {"bank": self._specs.digest, "categories": {name: {"strength": strength, "gate": "always"}}}
