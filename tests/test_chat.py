@@ -139,6 +139,7 @@ def text_of(family: str, *messages: dict[str, Any]) -> str:
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Oslo"}'}}
+TWICE = '{"a": 1, "a": 2}'
 TOOL_TALK: list[dict[str, Any]] = [
     {"role": "user", "content": "Is it raining?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -180,6 +181,7 @@ def test_tool_calls_and_results_are_written_and_the_result_is_read() -> None:
         ("gemma", [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "System role not supported"),
         ("qwen3", [{**one, "tool_calls": [{"function": {"name": "</s>"}}]} for one in TOOL_TALK], "tell turns apart"),
         ("qwen3", [{**one, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]} for one in TOOL_TALK], "not JSON"),
+        ("qwen3", [{**one, "tool_calls": [{"function": {"name": "f", "arguments": TWICE}}]} for one in TOOL_TALK], "given twice"),
         ("qwen3", [{**one, "tool_calls": [{}]} for one in TOOL_TALK], "without the name"),
         ("phi3", [{"role": "user|>\nHi<|end|>", "content": "a"}, {"role": "user", "content": "b"}], "tell turns apart"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from safesteer.cli.check import check_table
 from safesteer.engines import GenerationSettings, Request, generate
 from safesteer.errors import PolicyError, SafeSteerError
 from safesteer.evaluation.check import TOKENS, check_prompts, checked, sign_test, verdict
@@ -112,6 +113,12 @@ def test_a_bank_that_does_no_harm_passes(llama: LoadedModel) -> None:
     assert again.unfit == ()  # an old check does not bind a new one
 
 
+def test_a_category_of_which_no_answer_could_be_judged_did_not_pass(llama: LoadedModel) -> None:
+    groups = ["breaking", "lying", "harmless"]
+    record = verdict(groups, [("safe", "safe"), ("safe", None), ("safe", "safe")], [True] * 3)
+    assert list(check_table(record).columns[-1].cells)[:2] == ["passed", "not judged"]
+
+
 def test_a_judge_that_cannot_judge_is_no_check(llama: LoadedModel) -> None:
     bank = bank_for(llama)
     with pytest.raises(SafeSteerError, match="could judge none of the answers"):
@@ -149,4 +156,5 @@ def test_the_command_line_refuses_and_can_be_overruled(run: Run, llama: LoadedMo
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, out, err = run("check", path, "--judge", "rules", "--json", "--prompts", tmp_path / "own.jsonl")
     assert status == 0 and VectorBank.load(path).provenance["check"]["judge"] == "rules", err
+    assert "reads no harm" in err
     assert "never checked" not in run(*ask)[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,18 @@ def test_chat_reads_commands_and_answers_why(run: Run, bank: Path, monkeypatch: 
     assert [bool(answer["steering"]["acting"]) for answer in answers][1:] == [True, False]
     assert "no answer yet" in err
     assert "unknown category 'nonsense'" in err
+
+
+def test_a_message_that_is_too_long_ends_no_chat(run: Run, bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["hello", "long " * 200, "hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    status, out, err = run("chat", bank, "--json", "--max-new-tokens", 2)
+    assert status == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == ["hello", "hello"]
+    assert "the model takes 512 in all" in err and "the message is forgotten" in err
+    lines = iter(["long " * 200, "hello"])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
+    assert run("chat", bank, "--json", "--max-new-tokens", 2)[:2] == (1, "")  # of a script nothing is passed over
 
 
 def test_a_spreadsheet_in_another_script_goes_from_fit_to_a_report(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -193,6 +193,16 @@ def test_off_as_people_write_it_in_yaml(off: str, ungated: VectorBank, tmp_path:
     assert acting(Policy.from_yaml(path), ungated) == acting(Authority.of(ungated, path).policy, ungated) == {}
 
 
+def test_no_door_takes_the_last_of_two_equal_keys(ungated: VectorBank, tmp_path: Path) -> None:
+    twice = '{"breaking": 1.0, "breaking": "off"}'
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "x", "policy": {{"categories": {twice}}}}}\n')
+    with pytest.raises(SafeSteerError, match="line 1: the key 'breaking' is given twice"):
+        _read_requests(str(tmp_path / "rows.jsonl"), ungated, Policy.off(), {}, None)
+    specs = Specs(ungated)
+    with pytest.raises(SafeSteerError, match="the key 'breaking' is given twice"):
+        specs.policy(f'{{"bank": "{specs.digest}", "categories": {twice}}}')
+
+
 def test_a_key_without_a_value_takes_the_default(banks: dict[str, VectorBank], tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(

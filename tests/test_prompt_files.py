@@ -145,6 +145,11 @@ def test_parquet_without_its_package_names_the_extra(tmp_path: Path, monkeypatch
         ("a.csv", "prompt,category\nx,??\n", r"line 2: '\?\?' is not a category name"),
         ("a.jsonl", '{"prompt": "x", "Prompt": "y"}\n', "line 1: prompt is there twice"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": "y"\n', "line 2: not valid JSON"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "y", "prompt": "z"}\n', "line 2: the key 'prompt' is given twice"),
+        ("a.jsonl", '{"prompt": "x", "policy": {"off": 1, "off": 2}}\n{}', "line 1: the key 'off' is given twice"),
+        ("a.jsonl", '{"prompt": "x", "prompt": "x"}', "line 1: the key 'prompt' is given twice"),
+        ("a.json", '{"data": [{"prompt": "x"},\n{"prompt": "y", "prompt": "y"}]}', "a.json: the key 'prompt' is given twice"),
+        ("a.csv", 'messages\n"[{""role"": ""user"", ""role"": ""user""}]"\n', "line 2: messages: the key 'role' is given twice"),
         ("a.json", '[{"prompt": "x"},\n{"prompt": "y"\n', "line 3: not valid JSON"),
         ("a.txt", '{"prompt": "x"\n', "line 1: not valid JSON"),
         ("a.json", '{"train": [], "test": []}', "expected a JSON list of prompts, or an object that holds it under data"),
@@ -153,6 +158,7 @@ def test_parquet_without_its_package_names_the_extra(tmp_path: Path, monkeypatch
         ("a.jsonl", '{"messages": ["x", "y"]}\n', "line 1: messages must be a list of"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "x"}]}\n', "line 1: messages must end with one of the user"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n', "line 1: a message holds something"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "audio", "text": "x"}]}]}\n', "something else"),
         ("a.jsonl", '{"prompt": "x", "subtopic": "\\ud800"}\n', "line 1: subtopic holds half a character"),
         ("a.csv", "PK\x03\x04", "is a zip or a spreadsheet"),
     ],
@@ -189,23 +195,23 @@ CONVERSATION = [
 
 def test_chat_messages_are_a_conversation() -> None:
     prompt = prompt_from_row({"messages": [*CONVERSATION, {"role": "assistant", "content": "For bread."}]}, "here")
-    assert prompt.text == "Why bake?"
+    assert prompt.text == "Why \nbake?"
     assert prompt.conversation == [
         *CONVERSATION[:2],
         {"role": "assistant", "tool_calls": [{"id": "1"}]},
-        {"role": "user", "content": "Why bake?"},
+        {"role": "user", "content": "Why \nbake?"},
     ]
-    assert prompt_from_row({"prompt": CONVERSATION[-1:]}, "here") == Prompt("Why bake?")
+    assert prompt_from_row({"prompt": CONVERSATION[-1:]}, "here") == Prompt("Why \nbake?")
     assert Prompt("x").conversation == "x"
 
 
 def test_a_direction_is_read_from_single_messages(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": CONVERSATION[-1:]}) + "\n", encoding="utf-8")
-    assert texts(path) == [("Why bake?", None)]
+    assert texts(path) == [("Why \nbake?", None)]
     quoted = json.dumps(CONVERSATION[-1:]).replace('"', '""')
     (tmp_path / "chats.csv").write_text(f'id,messages\n1,"{quoted}"\n', encoding="utf-8")
-    assert texts(tmp_path / "chats.csv") == [("Why bake?", None)]
+    assert texts(tmp_path / "chats.csv") == [("Why \nbake?", None)]
     path.write_text(json.dumps({"messages": CONVERSATION}) + "\n", encoding="utf-8")
     with pytest.raises(PromptFileError, match=r"line 1: a conversation of 4 messages; `generate` takes those"):
         read_prompts(path)
@@ -276,7 +282,7 @@ def test_generate_takes_hub_sets_and_conversations(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *given, split: rows))
     requests = _read_requests("hf:me/set:test[:2]", None, Policy.off(), {"prompt": "Frage"}, None)  # type: ignore[arg-type]
     assert [request.prompt[-1] if request.prompt != "Why?" else "Why?" for request, _ in requests] == [
-        {"role": "user", "content": "Why bake?"},
+        {"role": "user", "content": "Why \nbake?"},
         "Why?",
     ]
     assert [extra for _, extra in requests] == [{"id": "0"}, {"id": "1"}]

@@ -85,6 +85,12 @@ def test_theft_is_no_fraud() -> None:
         ("Straße/STRASSE", "strasse_strasse"),
         ("Children’s privacy", "childrens_privacy"),
         ("می\u200cخواهم", "میخواهم"),
+        ("C", "c"),
+        ("C++", "c++"),
+        ("C#", "c#"),
+        ("Ｃ＋＋ code", "c++_code"),
+        ("Hate+Violence", "hate_violence"),
+        ("#1 fraud # + ", "1_fraud"),
     ],
 )
 def test_a_category_may_be_named_in_any_script(name: str, canonical: str) -> None:

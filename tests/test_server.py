@@ -565,6 +565,20 @@ def test_what_is_no_request_is_refused(ask: Ask, raw: bytes) -> None:
     assert response.status_code == 400 and response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        '"steering": "off", "steering": null',
+        '"temperature": 0, "temperature": 1',
+        '"steering": {"lying": 1, "lying": 0}',
+    ],
+)
+def test_a_key_given_twice_is_refused(ask: Ask, more: str) -> None:
+    raw = f'{{"model": "tiny", "messages": [{{"role": "user", "content": "a"}}], {more}}}'
+    response = ask(_raw=raw.encode())
+    assert response.status_code == 400 and "is given twice" in response.json()["error"]["message"]
+
+
 def test_keys_sizes_and_kinds_are_checked_before_anything_else(serving: Serving, ask: Ask) -> None:
     serving.keys._digests[:] = Keys(["right", "other"])._digests
     for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic right"}, {"authorization": "right"}):

@@ -11,7 +11,9 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -89,13 +91,30 @@ def mend_last_line(path: Path) -> None:
             file.truncate(len(content) - len(last))
 
 
-def is_json(text: bytes) -> bool:
+def is_json(text: bytes | str) -> bool:
     """Whether `text` is a whole JSON document: of an object, no part is."""
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object gives a key twice, of which `json` takes the last in silence."""
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text that others wrote. Raises `RepeatedKeyError`, or what `json.loads` raises."""
+    return json.loads(text, object_pairs_hook=_unrepeated)
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise RepeatedKeyError(f"the key {reprlib.repr(name)} is given twice")
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

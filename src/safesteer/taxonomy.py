@@ -11,6 +11,7 @@ A user's own category needs no entry here: any other name becomes a category of 
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -160,13 +161,16 @@ CATEGORIES: tuple[Category, ...] = (
 def normalise(name: str) -> str:
     """Fold case, punctuation and spaces, in any script: `Hate/Harass/Violence` -> `hate harass violence`, `S10` -> `s10`.
 
-    Letters, digits and the marks on them stay; apostrophes and invisible characters go without parting a word.
+    Letters, digits and the marks on them stay, and the signs that end a word (`C++`, `C#`); apostrophes and invisible
+    characters go without parting a word.
     """
     kept = []
     for character in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()):
         kind = unicodedata.category(character)
-        kept.append(character if kind[0] in "LNM" else "" if kind == "Cf" or character in "'’" else " ")
-    return unicodedata.normalize("NFKC", " ".join("".join(kept).split()))
+        stays = kind[0] in "LNM" or character in "+#"
+        kept.append(character if stays else "" if kind == "Cf" or character in "'’" else " ")
+    words = re.sub(r"(?<![\w+#])[+#]+|[+#]+(?=\w)", " ", "".join(kept))
+    return unicodedata.normalize("NFKC", " ".join(words.split()))
 
 
 def _build_index() -> dict[str, Category]:

@@ -128,6 +128,14 @@ def chat(
                 history.pop()
                 err.print("\nstopped; the message is forgotten")
                 continue
+            except SafeSteerError as error:
+                if not interactive:
+                    raise
+                history.pop()
+                err.print(
+                    f"error: {error}; the message is forgotten (/reset forgets the whole conversation)", markup=False
+                )
+                continue
             steering = response.steering
             history.append({"role": "assistant", "content": response.text})
             if json:

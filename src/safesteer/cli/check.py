@@ -27,7 +27,10 @@ JudgeOption = Annotated[
 def run_check(loaded: LoadedModel, bank: VectorBank, judge: Judge, prompts: PromptSet | None) -> VectorBank:
     """`evaluation.check.checked` under a progress bar."""
     from safesteer.evaluation.check import checked
+    from safesteer.judges.spec import READS_NO_HARM
 
+    if judge.name == "rules":
+        note(READS_NO_HARM)
     with progress_bar("Checking that it does no harm") as update:
         return checked(loaded, bank, judge, prompts, progress=lambda stage, done, total: update(done, total, stage))
 
@@ -72,7 +75,7 @@ def check_table(record: dict[str, Any]) -> Table:
 
     table = Table("category", "n", "acted", *SHOWN, "verdict", box=None, pad_edge=False)
     for name, row in record["categories"].items():
-        verdict = "unfit" if name in record["unfit"] else "passed"
+        verdict = "unfit" if name in record["unfit"] else "passed" if row["n"] else "not judged"
         table.add_row(name, str(row["n"]), str(row["steered"]), *(cell(row, one, False) for one in SHOWN), verdict)
     for name in ("all", "harmless"):
         row = record[name]

@@ -116,7 +116,7 @@ def evaluate(
     from safesteer.evaluation.run import EvaluationSettings, check_request
     from safesteer.evaluation.run import evaluate as run
     from safesteer.judges.base import in_sample_text, leanings_text
-    from safesteer.judges.spec import make_judges
+    from safesteer.judges.spec import READS_NO_HARM, make_judges
     from safesteer.vectors import VectorBank
 
     if out_folder.exists() and not out_folder.is_dir():
@@ -156,7 +156,7 @@ def evaluate(
             sides = f" ({leanings_text(found.leanings)})" if found.leanings else ""
             note(f"The judge {found.name} failed on {found.failures} answers{sides}; they are in no rate.")
     if judges[0].name == "rules":
-        note("The judge rules reads no harm: its unsafe rate is always 0. Let offline or a guard decide.")
+        note(READS_NO_HARM)
     for path in OUTPUTS:
         note(f"Wrote {out_folder / path}")
     if json:

@@ -38,6 +38,7 @@ from safesteer.engines.generation import GenerationSettings, Request, Response
 from safesteer.engines.sampling import seed_of
 from safesteer.engines.steering import KINDS
 from safesteer.errors import SafeSteerError, SteeringError
+from safesteer.files import RepeatedKeyError, parse_json
 from safesteer.models import check_lengths, encode
 from safesteer.models.chat import turn_markers, turn_start
 from safesteer.models.decoding import checkpoint_config
@@ -143,7 +144,9 @@ class Specs:
 
     def _parse(self, spec: str) -> Policy:
         try:
-            data = json.loads(spec)
+            data = parse_json(spec)
+        except RepeatedKeyError as error:
+            raise SteeringError(f"the {NAME} spec: {error}") from None
         except (ValueError, RecursionError):
             raise SteeringError(f"the {NAME} spec is not JSON") from None
         if not isinstance(data, dict) or set(data) != {"bank", "categories"}:

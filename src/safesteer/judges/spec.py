@@ -25,6 +25,9 @@ KINDS = (
 )  # fmt: skip
 
 
+READS_NO_HARM = "The judge rules reads no harm: its unsafe rate is always 0. Let offline or a guard decide."
+
+
 class NoHarm:
     """A risk scorer that reads no harm: what is left are the detectors."""
 

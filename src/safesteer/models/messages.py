@@ -5,16 +5,16 @@ As vLLM's server has it: no content is an empty text, parts are texts, the argum
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from safesteer.errors import SafeSteerError
+from safesteer.files import RepeatedKeyError, parse_json
+from safesteer.prompts.reading import TEXT_PARTS
 
 Message = Mapping[str, Any]
 """`role`; `content`: text, a list of text parts, or None; and what templates know (`tool_calls`, `tool_call_id`, `name`, ...)."""
 Conversation = str | Sequence[Message]
-TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def messages_of(conversation: Conversation, system: str | None = None) -> list[dict[str, Any]]:
@@ -77,7 +77,9 @@ def _call(call: Any, name: str) -> dict[str, Any]:
         raise SafeSteerError(f"{name} holds a tool call without the name of its function")
     arguments = function.get("arguments") or {}
     try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
+    except RepeatedKeyError as error:
+        raise SafeSteerError(f"{name}: in the arguments of the tool call {function['name']!r}, {error}") from None
     except ValueError:
         raise SafeSteerError(f"{name}: the arguments of the tool call {function['name']!r} are not JSON") from None
     return {**call, "function": {**function, "arguments": arguments}}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safesteer.errors import PromptFileError
+from safesteer.files import RepeatedKeyError, is_json, parse_json
 
 Rows = Iterator[tuple[str, Any]]
 GZIP, PARQUET, ZIP = b"\x1f\x8b", b"PAR1", b"PK\x03\x04"
@@ -122,26 +123,20 @@ def _parquet_rows(path: str, content: bytes) -> Rows:
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _json(text: str) -> Any:
-    """The value, or None where the text is not JSON."""
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return None
-
-
 def _json_rows(path: str, text: str, suffix: str, keyed: str) -> Rows:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         return
     first, only = lines[0][1].lstrip(), suffix == ".json"
-    if len(lines) == 1 or _json(first) is None:  # else its first line is a row
+    if len(lines) == 1 or not is_json(first):  # else its first line is a row
         try:
-            rows = _listed(json.loads(text), keyed)
+            rows = _listed(parse_json(text), keyed)
         except json.JSONDecodeError as error:
             if only or first.startswith("["):
                 raise PromptFileError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
             rows = None
+        except RepeatedKeyError as error:
+            raise PromptFileError(f"{path}{', line 1' if len(lines) == 1 else ''}: {error}") from None
         except RecursionError:
             raise PromptFileError(f"{path}: nested too deeply") from None
         if rows is not None:
@@ -151,7 +146,9 @@ def _json_rows(path: str, text: str, suffix: str, keyed: str) -> Rows:
             raise PromptFileError(f"{path}: expected a JSON list of prompts, or an object that holds it under data")
     for number, line in lines:
         try:
-            yield f"{path}, line {number}", json.loads(line)
+            yield f"{path}, line {number}", parse_json(line)
+        except RepeatedKeyError as error:
+            raise PromptFileError(f"{path}, line {number}: {error}") from None
         except json.JSONDecodeError as error:
             raise PromptFileError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
         except RecursionError:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from safesteer import taxonomy
 from safesteer.errors import PromptFileError, UnknownCategoryError
+from safesteer.files import RepeatedKeyError, parse_json
 from safesteer.prompts.files import Rows, name_of, read_bytes, rows_of_bytes
 from safesteer.prompts.sets import SPLITS, Prompt, PromptSet, Split
 
@@ -30,6 +31,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "reference": ("reference",),
 }
 HUB_PREFIX = "hf:"
+TEXT_PARTS = ("text", "input_text", "output_text")  # of a message
 
 
 def columns_of(chosen: Mapping[str, str] | None) -> dict[str, tuple[str, ...]]:
@@ -54,9 +56,11 @@ def fields_of(row: Any, where: str, chosen: Mapping[str, str] | None = None) -> 
         fields[name] = value
     if isinstance(fields.get("messages"), str) and fields["messages"].strip():  # in a table, as JSON
         try:
-            fields["messages"] = json.loads(fields["messages"])
+            fields["messages"] = parse_json(fields["messages"])
         except json.JSONDecodeError:
             raise PromptFileError(f"{where}: messages must be a JSON list") from None
+        except RepeatedKeyError as error:
+            raise PromptFileError(f"{where}: messages: {error}") from None
     missing = [column for column in (chosen or {}).values() if column.strip().lower() not in fields]
     if missing:
         raise PromptFileError(f"{where}: no column {', '.join(missing)}; found {', '.join(map(str, row))}")
@@ -121,9 +125,14 @@ def check_alone(before: Sequence[Any], where: str) -> None:
 def _words(message: Mapping[str, Any], where: str) -> str:
     content = message.get("content", "")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    if not all(isinstance(one, dict) and isinstance(one.get("text"), str) for one in parts):
+    texts = [
+        one["text"]
+        for one in parts
+        if isinstance(one, dict) and (one.get("type") or "text") in TEXT_PARTS and isinstance(one.get("text"), str)
+    ]
+    if len(texts) < len(parts):
         raise PromptFileError(f"{where}: a message holds something else than text; only text is steered")
-    return "".join(one["text"] for one in parts)
+    return "\n".join(texts)
 
 
 def prompt_from_row(

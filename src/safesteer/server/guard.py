@@ -1,4 +1,4 @@
-"""What stands before the application: sizes, time for a body, keys.
+"""What stands before the application: sizes, time for a body, API keys.
 
 Keys are compared as SHA-256 digests by `hmac.compare_digest`, all of them every time, so that neither a key's length nor its
 place in the list shows in the time.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safesteer.errors import SafeSteerError
+from safesteer.files import RepeatedKeyError, parse_json
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -64,7 +65,7 @@ def refusal(message: str, kind: str = "invalid_request_error", code: str | None 
 
 
 class Guard:
-    """ASGI middleware: keys first, then a body of at most `most_bytes`, all of it within `seconds`.
+    """ASGI middleware: keys first, then a body of at most `most_bytes`, all of it within `seconds`, no key twice.
 
     `refused(path, status)` is called for what it answers itself.
     """
@@ -111,6 +112,13 @@ class Guard:
         except TimeoutError:
             await self._answer(scope, send, 408, refusal(f"the request did not arrive within {self.seconds:g} seconds"))
             return
+        try:
+            parse_json(body)
+        except RepeatedKeyError as error:
+            await self._answer(scope, send, 400, refusal(str(error)))
+            return
+        except (ValueError, RecursionError):
+            pass  # the application says what is wrong
         given = False
 
         async def replay() -> dict[str, Any]:
