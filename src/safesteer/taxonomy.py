@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 from safesteer.errors import UnknownCategoryError
 
+RESERVED = ("all", "harmless")  # no category: what reports count beside them
+
 
 @dataclass(frozen=True)
 class Category:

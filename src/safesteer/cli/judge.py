@@ -15,7 +15,7 @@ from safesteer.files import check_writable
 
 app = typer.Typer(help="Measure judges, and judge responses.", no_args_is_help=True)
 
-OURS = ("outcome", "scores", "failure", "leaning", "judges")  # what judging adds to a row
+OURS = ("outcome", "scores", "failure", "leaning", "judges", "answered")  # what judging adds to a row
 
 JudgeOption = Annotated[
     list[str] | None, typer.Option("--judge", help="offline, rules, guard:ID, classifier:ID, openai:MODEL@URL, ...")
@@ -27,6 +27,7 @@ def agreement(
     data: Annotated[
         Path, typer.Option("--data", help="Labelled responses: a .jsonl or .csv file, or a folder of them.")
     ],
+    encoding: options.Encoding = None,
     judge: JudgeOption = None,
     target: Annotated[str, typer.Option(help="auto, outcome (five ways), unsafe or refusal (yes/no).")] = "auto",
     json: options.AsJson = False,
@@ -39,7 +40,7 @@ def agreement(
 
     if target not in get_args(Target):
         raise SafeSteerError(f"--target {target!r} is not one of {', '.join(get_args(Target))}")
-    rows = read_labelled(data)
+    rows = read_labelled(data, encoding)
     found: dict[str, dict[str, Any]] = {}
     for one in make_judges(judge or ["offline"]):
         with progress_bar(f"Judging ({one.name})") as update:
@@ -69,39 +70,41 @@ def agreement(
 @app.command("run")
 def run(
     source: Annotated[Path, typer.Option("--in", help="Responses: JSONL, JSON, CSV, ... with prompt and response.")],
+    encoding: options.Encoding = None,
     judge: JudgeOption = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Write the judged rows to this JSONL file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """Judge responses of your own. Each row comes back with its outcome and scores."""
+    """Judge responses of your own, without the thoughts before them. Each row comes back with its outcome and scores."""
     from safesteer.judges.agreement import exchanges_of
-    from safesteer.judges.base import count_leanings, in_sample, in_sample_text, leanings_text
+    from safesteer.judges.base import count_leanings, in_sample, in_sample_text, judge_answers, leanings_text
     from safesteer.judges.spec import make_judges
 
     if out_file is not None:
         check_writable(out_file)
     rows, exchanges = [], []
-    for _, row, exchange in exchanges_of(source):
+    for _, row, exchange in exchanges_of(source, encoding):
         rows.append({key: value for key, value in row.items() if key not in OURS})
         exchanges.append(exchange)
     if not rows:
         raise PromptFileError(f"{source}: holds no response")
     for number, one in enumerate(make_judges(judge or ["offline"])):
         with progress_bar(f"Judging ({one.name})") as update:
-            for row, said in zip(rows, one.judge(exchanges, counted(update, len(rows))), strict=True):
-                row.setdefault("judges", {})[one.name] = said.outcome
+            for row, said in zip(rows, judge_answers(one, exchanges, counted(update, len(rows))), strict=True):
+                row.setdefault("judges", {})[one.name] = None if said is None else said.outcome
                 if number == 0:
-                    row.update(said.to_json())
+                    row.update({"outcome": None, "answered": False} if said is None else said.to_json())
         note_usage([one])
-        known = in_sample(one, (exchange.prompt for exchange in exchanges))
+        known = in_sample(one, (exchange.prompt for exchange in exchanges if exchange is not None))
         if known:
             note(in_sample_text(one.name, known))
     if not deliver(rows, out_file, json):
         counts: dict[str, int] = {}
         for row in rows:
-            counts[str(row["outcome"])] = counts.get(str(row["outcome"]), 0) + 1
+            name = row["outcome"] or ("not judged" if "failure" in row else "no answer")
+            counts[name] = counts.get(name, 0) + 1
         for name, count in sorted(counts.items(), key=lambda item: -item[1]):
-            out.print(f"{name if name != 'None' else 'not judged':>11}  {count:5d}  {count / len(rows):.0%}")
-        leanings = count_leanings(row["leaning"] for row in rows if row["outcome"] is None)
+            out.print(f"{name:>11}  {count:5d}  {count / len(rows):.0%}")
+        leanings = count_leanings(row["leaning"] for row in rows if "failure" in row)
         if leanings:
             out.print(f"Of those not judged {leanings_text(leanings)}.")

@@ -192,6 +192,9 @@ def _suite_row(form: Format, raw: Any, fields: Fields, where: str, prefix: str) 
     harmful = form.harmful(fields, where)
     if harmful and not label:
         raise PromptFileError(f"{where}: {form.label[0]} must be text that is not empty")
+    category = checked_category(label, where) if harmful else None
+    if category in taxonomy.RESERVED:
+        raise PromptFileError(f"{where}: a category cannot be named {category}; leave it empty for a harmless prompt")
     filled = next((one for one in form.prompt if fields.get(one.lower()) not in (None, "")), form.prompt[0])
     prompt, before, answer = words_of(fields.get(filled.lower()), where, filled)
     check_alone(before, where)
@@ -202,7 +205,7 @@ def _suite_row(form: Format, raw: Any, fields: Fields, where: str, prefix: str) 
     return SuiteRow(
         identifier="-".join(filter(None, own)) or f"{prefix}-{line}",
         prompt=f"{context}\n\n{prompt}" if context else prompt,
-        category=checked_category(label, where) if harmful else None,
+        category=category,
         label=label,
         reference=_text(fields, form.reference, where) or answer or None,
         wrapper=_text(fields, form.wrapper, where) or None,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from safesteer.errors import PromptFileError
-from safesteer.judges.base import HALF, OUTCOMES, Exchange, Judge, Judgement, count_leanings
+from safesteer.judges.base import HALF, OUTCOMES, Exchange, Judge, Judgement, count_leanings, without_thoughts
 from safesteer.prompts.files import read_bytes, rows_of_bytes
 from safesteer.prompts.reading import check_characters, checked_category, words_of
 from safesteer.vectors import gate
@@ -45,12 +45,13 @@ def _first(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
-def exchanges_of(path: Path) -> Iterator[tuple[str, dict[str, Any], Exchange]]:
+def exchanges_of(path: Path, encoding: str | None = None) -> Iterator[tuple[str, dict[str, Any], Exchange | None]]:
     """`(where, row, exchange)` of every row of a file of responses, HarmBench's and StrongREJECT's completions among them.
 
-    Of a prompt that is chat messages the last one is judged. Raises `PromptFileError` naming file and line.
+    Of a prompt that is chat messages the last one is judged, and of a response the answer after its thoughts; an exchange is
+    None where it reached no answer. `encoding`: of a file that is not UTF-8. Raises `PromptFileError` naming file and line.
     """
-    for where, row in rows_of_bytes(str(path), read_bytes(path), comments=True, keyed="BehaviorID"):
+    for where, row in rows_of_bytes(str(path), read_bytes(path), encoding, comments=True, keyed="BehaviorID"):
         if not isinstance(row, dict):
             raise PromptFileError(f"{where}: expected an object with prompt, response and outcome")
         prompt, response, name = (_first(row, keys) for keys in (PROMPT_KEYS, RESPONSE_KEYS, CATEGORY_KEYS))
@@ -59,10 +60,14 @@ def exchanges_of(path: Path) -> Iterator[tuple[str, dict[str, Any], Exchange]]:
         if not isinstance(prompt, str) or not isinstance(response, str):
             raise PromptFileError(f"{where}: needs a prompt and a response (or objective and assistant_response)")
         check_characters(prompt + response, "the text", where)
-        yield where, row, Exchange(prompt, response, checked_category(str(name), where) if name else None)
+        category = checked_category(str(name), where) if name else None
+        answer = None if row.get("thought") and not response.strip() else without_thoughts(response)
+        yield where, row, None if answer is None else Exchange(prompt, answer, category)
 
 
-def _labelled(where: str, row: dict[str, Any], exchange: Exchange) -> Labelled:
+def _labelled(where: str, row: dict[str, Any], exchange: Exchange | None) -> Labelled:
+    if exchange is None:
+        raise PromptFileError(f"{where}: the response is a thought that reached no answer to judge; leave the row out")
     outcome = row.get("outcome")
     if outcome is not None and outcome not in OUTCOMES:
         raise PromptFileError(f"{where}: outcome is {outcome!r}; use {', '.join(OUTCOMES)}")
@@ -80,7 +85,7 @@ def _labelled(where: str, row: dict[str, Any], exchange: Exchange) -> Labelled:
     return Labelled(exchange, outcome, score, exchange.category or "")
 
 
-def read_labelled(path: Path) -> list[Labelled]:
+def read_labelled(path: Path, encoding: str | None = None) -> list[Labelled]:
     """Labelled exchanges from a JSONL or CSV file, or from every one in a folder.
 
     JSONL rows hold `prompt`, `response` and `outcome`; CSV rows those of PyRIT (`objective`, `assistant_response`, one or more
@@ -89,7 +94,7 @@ def read_labelled(path: Path) -> list[Labelled]:
     if not path.exists():
         raise PromptFileError(f"{path}: no such file or folder")
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix.lower() in (".csv", ".jsonl"))
-    rows = [_labelled(*found) for file in files for found in exchanges_of(file)]
+    rows = [_labelled(*found) for file in files for found in exchanges_of(file, encoding)]
     if not rows:
         raise PromptFileError(f"{path}: holds no labelled response")
     return rows

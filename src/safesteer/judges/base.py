@@ -112,6 +112,14 @@ def answer_start(text: str) -> int:
     return len(text) if _THOUGHTS_BEGIN.match(text, start) else start
 
 
+def without_thoughts(response: str) -> str | None:
+    """The answer in a response that may begin with thoughts, their beginning perhaps unmarked; None: it came to none."""
+    end = _THOUGHTS_END.search(response)
+    if end is not None:
+        return response[end.end() :].strip() or None
+    return None if _THOUGHTS_BEGIN.match(response) else response
+
+
 def quoted(answer: str) -> str:
     """The beginning of an unreadable answer, for the sentence that says so."""
     return repr(" ".join(answer.split())[:QUOTED])
@@ -176,9 +184,11 @@ class Judge(Protocol):
         ...
 
 
-def judge_answers(judge: Judge, exchanges: Sequence[Exchange | None]) -> list[Judgement | None]:
+def judge_answers(
+    judge: Judge, exchanges: Sequence[Exchange | None], progress: Callable[[int], None] = lambda count: None
+) -> list[Judgement | None]:
     """One `Judgement` an exchange, in order; None where there is no exchange: a thought that came to no answer is not judged."""
-    found = iter(judge.judge([one for one in exchanges if one is not None]))
+    found = iter(judge.judge([one for one in exchanges if one is not None], progress))
     return [None if one is None else next(found) for one in exchanges]
 
 

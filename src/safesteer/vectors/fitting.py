@@ -397,6 +397,10 @@ def harmful_sets(categories: Sequence[str] | None, prompts: PromptSet | None) ->
             raise PromptFileError(f"{prompts.name or 'the prompts'}: {known} has no prompt in the fit split")
     if not sets:
         raise PromptFileError(f"{prompts.name or 'the prompts'}: holds no prompt")
+    for name in set(sets) & set(taxonomy.RESERVED):
+        raise SafeSteerError(
+            f"a category cannot be named {name}; name the risk, and give harmless prompts as --harmless or matched"
+        )
     return sets
 
 
