@@ -148,6 +148,8 @@ def test_the_command_line_refuses_and_can_be_overruled(run: Run, llama: LoadedMo
     ) and "every category of this bank was found to make this model's answers worse" in err
     status, out, _ = run(*ask, "--unverified", "--json")
     assert status == 0 and '"acting": [{' in out
+    status, out, err = run(*ask, "--steer", "lying=off", "--json")  # what is off needs no category that may act
+    assert status == 0 and json.loads(out)["steering"]["acting"] == [], err
     status, out, err = run("inspect", path)
     assert status == 0 and "unfit" in out and "Unfit, because answers get worse: breaking, lying" in err
     status, _, err = run("check", path, "--judge", "rules")

@@ -93,8 +93,10 @@ def generate(
     size = chosen.batch_size or AUTO_BATCH
     padding = loaded.pad_id
     sampling = chosen.sampling(loaded.model.generation_config)
-    default = Policy.default(bank) if bank is not None else Policy.off()
-    steerer = Steerer(loaded, bank, default, force=force) if bank is not None else None
+    policies = [
+        Policy.off() if bank is None else (one.policy or Policy.default(bank)).resolved(bank) for one in requests
+    ]
+    steerer = Steerer(loaded, bank, Policy.off(), force=force) if bank is not None else None
     responses: dict[int, Response] = {}
     stops, thoughts = loaded.stop_ids, Thoughts(loaded.tokenizer)
     start = 0
@@ -117,7 +119,7 @@ def generate(
             "streamer": streamer,
         }
         try:
-            output, records = _run(loaded, steerer, [requests[index].policy or default for index in batch], arguments)
+            output, records = _run(loaded, steerer, [policies[index] for index in batch], arguments)
         except torch.cuda.OutOfMemoryError:
             if chosen.batch_size is not None or size == 1:
                 raise SafeSteerError(

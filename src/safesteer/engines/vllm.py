@@ -309,8 +309,7 @@ def generate(
     sampling = chosen.sampling(checkpoint_config(llm.llm_engine.vllm_config.model_config.model))
     tokenizer = llm.get_tokenizer()
     markers = turn_markers(tokenizer)
-    default = Policy.default(bank)
-    policies = [(one.policy or default).resolved(bank) for one in requests]
+    policies = [(one.policy or Policy.default(bank)).resolved(bank) for one in requests]
     encoded = [encode(tokenizer, one.prompt, one.system) for one in requests]
     most = int(llm.llm_engine.vllm_config.model_config.max_model_len)
     check_lengths(encoded, tokenizer, most, chosen.max_new_tokens)
