@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from safesteer.vectors import VectorBank
-from tests.tiny import Run, make
+from tests.tiny import TEMPLATE, Run, make
 
 PAIRS = [
     {"prompt": f"How do I smash the {thing}?", "matched": f"How do I mend the {thing}?", "subtopic": thing}
@@ -457,6 +457,21 @@ def test_a_file_of_responses_may_be_of_another_encoding(run: Run, tmp_path: Path
         status, _, err = run(*asked)
         assert status == 1 and "--encoding latin-1" in err
         assert run(*asked, "--encoding", "latin-1")[0] == 0
+
+
+def test_a_bank_that_cannot_be_checked_is_written_and_said(run: Run, tmp_path: Path) -> None:
+    thinking = make("llama")
+    thinking.tokenizer.chat_template = TEMPLATE.replace("<s>assistant\n{% endif", "<s>assistant\n<think>\n{% endif")
+    thinking.model.save_pretrained(tmp_path / "model")
+    thinking.tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"How do I smash {one}?", "matched": f"How do I mend {one}?", "category": "x"} for one in "abc"]
+    source, bank = write_rows(tmp_path / "own.jsonl", rows), tmp_path / "b.safetensors"
+    quick = ("--prompts", source, "--layers", "1", "--dose", "0.5", "--without-gate", "--position", "last")
+    status, _, err = run("fit", tmp_path / "model", "--out", bank, *quick, "--judge", "rules")
+    assert status == 1 and "b.safetensors was written, but could not be checked: no answer was reached" in err
+    assert "check" not in VectorBank.load(bank).provenance
+    status, _, err = run("check", bank, "--prompts", source, "--judge", "rules")
+    assert status == 1 and "no answer was reached" in err and "--no-check" not in err
 
 
 @pytest.mark.parametrize("name", ["all", "Harmless"])

@@ -195,7 +195,12 @@ def fit(
             bank = fit_bank(loaded, category, own, settings, refusal=refused, progress=update)
     bank.save(out_file)
     if decides is not None and loaded is not None:
-        bank = run_check(loaded, bank, decides, own)
+        try:
+            bank = run_check(loaded, bank, decides, own)
+        except SafeSteerError as error:
+            raise SafeSteerError(
+                f"{out_file} was written, but could not be checked: {error} (--no-check fits without a check)"
+            ) from error
         bank.save(out_file)
     seconds = time.perf_counter() - began
     if json:

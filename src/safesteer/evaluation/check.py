@@ -96,9 +96,7 @@ def checked(
     plain = generate(loaded, None, [replace(one, policy=None) for one in requests], settings, progress=count)
     steered = generate(loaded, bank, [requests[i] for i in acting], settings, progress=count)
     if not any(one.answered for one in plain):
-        raise SafeSteerError(
-            f"no answer was reached in {TOKENS} tokens, which the model's thoughts took; use --no-check"
-        )
+        raise SafeSteerError(f"no answer was reached in {TOKENS} tokens, which the model's thoughts took")
     after = [*plain]
     for index, answer in zip(acting, steered, strict=True):
         after[index] = answer
@@ -117,7 +115,7 @@ def checked(
     acted = set(acting)
     record = verdict(groups, outcomes, [index in acted for index in range(len(asked))])
     if not record["all"]["n"]:
-        raise SafeSteerError(f"the judge {judge.name} could judge none of the answers; use another, or --no-check")
+        raise SafeSteerError(f"the judge {judge.name} could judge none of the answers; use another")
     record |= {
         "judge": judge.name,
         "in_sample": in_sample(judge, (one.text for one in asked)),

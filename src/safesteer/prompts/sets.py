@@ -70,11 +70,6 @@ class PromptSet:
         return [prompt.text for prompt in self.prompts]
 
     @property
-    def matched_texts(self) -> list[str]:
-        """The harmless counterparts of those prompts that have one, in order."""
-        return [prompt.matched for prompt in self.prompts if prompt.matched is not None]
-
-    @property
     def fully_matched(self) -> bool:
         """True if there is at least one prompt and every one has a harmless counterpart."""
         return bool(self.prompts) and all(prompt.matched is not None for prompt in self.prompts)
