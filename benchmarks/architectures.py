@@ -99,7 +99,8 @@ def try_one(name: str, wanted: str, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"model_type": name.partition(":")[0], "class": wanted}
     config = configuration(row["model_type"])
     kind = getattr(transformers, wanted)
-    model = kind._from_config(config if isinstance(config, kind.config_class) else config.get_text_config())
+    text = config.get_text_config()
+    model = kind._from_config(text if isinstance(text, kind.config_class) else config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)

@@ -36,9 +36,9 @@ STEERED = (
     "zamba2",  # a block that several share
 )
 REFUSED = {
-    "gemma3n_text": r"\[4, 1, 8, 32\] .* several residual streams",
-    "deepseek_v4": r"\[1, 8, 4, 32\] .* several residual streams",
-    "qwen4_exp_text": r"\[1, 8, 128\] .* several residual streams",
+    "gemma3n_text": r"\[4, 1, 8, 32\] .* one residual stream",
+    "deepseek_v4": r"\[1, 8, 4, 32\] .* one residual stream",
+    "qwen4_exp_text": r"\[1, 8, 128\] .* one residual stream",
     "hrm_text": "no list of 32 decoder blocks",
     "paligemma": "otherwise when more follows",
     "blip-2": "does not run on text alone",
@@ -77,6 +77,15 @@ def _greedy(loaded: Any, ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
         eos_token_id=None,
     )  # fmt: skip
     return answer
+
+
+def test_a_site_that_puts_out_little_passes_the_self_test() -> None:
+    """Its move is rounded at the size of the vector, not of the output before it."""
+    loaded = make("llama")
+    with torch.no_grad():
+        for module in loaded.layout.attention:
+            module.o_proj.weight.mul_(1e-3)
+    assert all(check.passed for check in self_test(loaded))
 
 
 @pytest.mark.parametrize("architecture", STATES)
@@ -187,5 +196,5 @@ def test_doctor_and_fit_refuse_with_one_sentence(run: Run, tmp_path: Path) -> No
     said = [run("doctor", tmp_path / "model"), run("fit", tmp_path / "model", "--out", tmp_path / "bank.safetensors")]
     assert {status for status, _, _ in said} == {1}
     assert said[0][2] == said[1][2]
-    assert "several residual streams" in said[0][2]
+    assert "one residual stream" in said[0][2]
     assert not (tmp_path / "bank.safetensors").exists()

@@ -240,5 +240,5 @@ def test_each_token_moves_by_its_own_row_also_where_blocks_have_a_dimension_of_o
     for streams in (torch.zeros(3, 2, 4), torch.zeros(3, 8)):
         module = nn.Identity()
         _patch(module, table, index)
-        with pytest.raises(UnsupportedModelError, match="several residual streams"):
+        with pytest.raises(UnsupportedModelError, match="one residual stream"):
             module(streams)

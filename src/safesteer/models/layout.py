@@ -217,8 +217,8 @@ def check_stream(hidden: torch.Tensor, shape: tuple[int, ...], who: str) -> None
     """Raise `UnsupportedModelError` for hidden states of another shape than one residual stream has."""
     if tuple(hidden.shape) != shape:
         raise UnsupportedModelError(
-            f"{who} out {list(hidden.shape)} where {list(shape)} was expected, several residual streams instead of one; "
-            "SafeSteer steers models with one residual stream"
+            f"{who} out {list(hidden.shape)} where {list(shape)} was expected; "
+            "SafeSteer steers models with one residual stream, one state a token"
         )
 
 

@@ -58,7 +58,8 @@ def check_site(loaded: LoadedModel, site: Site, layer: int) -> SiteCheck:
     moved = run("moved", scale)
     difference = (seen["moved"] - seen["zero"]).float() / scale
     error = float((difference - loaded.layout.width**-0.5).abs().max())
-    resolution = torch.finfo(seen["zero"].dtype).eps * float(seen["zero"].abs().max()) / scale
+    largest = max(float(seen[label].abs().max()) for label in ("zero", "moved"))
+    resolution = torch.finfo(seen["zero"].dtype).eps * largest / scale
     change = float((moved - plain).float().abs().max())
     identical = torch.equal(plain, zero)
     return SiteCheck(site, layer, identical, error, change, identical and error <= 4 * resolution and change > 0)
