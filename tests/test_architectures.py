@@ -11,7 +11,7 @@ import transformers as t
 
 from safesteer.activations import pad
 from safesteer.engines import GenerationSettings, Request, Steerer, generate
-from safesteer.errors import SteeringError, UnsupportedModelError
+from safesteer.errors import SafeSteerError, SteeringError, UnsupportedModelError
 from safesteer.models import encode, load_model
 from safesteer.models.selftest import self_test
 from safesteer.policy import Policy
@@ -181,6 +181,16 @@ def test_a_multimodal_checkpoint_loads_whole(architecture: str, tmp_path: Path) 
     ids = torch.arange(8).unsqueeze(0)
     with torch.inference_mode():
         assert torch.equal(loaded.model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers makes them up, others each time."""
+    model = model_of("llama")
+    weights = {name: one for name, one in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SafeSteerError, match=r"lack 1 weights of LlamaForCausalLM \(first lm_head.weight\)"):
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("architecture", REFUSED)

@@ -182,11 +182,18 @@ def load_model(
         try:
             tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-            model = model_class(config).from_pretrained(source, dtype=chosen, **arguments)
+            model, found = model_class(config).from_pretrained(
+                source, dtype=chosen, output_loading_info=True, **arguments
+            )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             reason = reason if len(reason) <= 300 else reason[:297] + "..."
             raise SafeSteerError(f"the model {name!r} could not be loaded: {reason}") from error
+        if missing := sorted(found["missing_keys"]):
+            raise SafeSteerError(
+                f"the files of {name!r} lack {len(missing)} weights of {type(model).__name__} (first {missing[0]}), "
+                "which would be random; name a complete checkpoint of a language model"
+            )
         if "device_map" not in arguments:
             try:
                 model = model.to(where)
