@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safesteer import taxonomy
@@ -97,6 +97,7 @@ def test_a_category_may_be_named_in_any_script(name: str, canonical: str) -> Non
     assert taxonomy.canonical_name(name) == canonical == taxonomy.canonical_name(canonical)
 
 
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(st.text(min_size=1, max_size=20))
 def test_the_name_of_a_category_is_a_name_of_itself(name: str) -> None:
     try:
@@ -105,7 +106,8 @@ def test_the_name_of_a_category_is_a_name_of_itself(name: str) -> None:
         assert not any(character.isalnum() for character in name)
     else:
         assert taxonomy.canonical_name(canonical) == canonical
-        assert not set(canonical) & set("/\\ .:%#,=\"'") and canonical.isprintable()
+        assert not set(canonical) & set("/\\ .:%,=\"'") and canonical.isprintable()
+        assert not canonical.startswith("#")  # C# is a name; a comment in YAML is not
         assert yaml.safe_load(yaml.safe_dump({canonical: 1}, allow_unicode=True)) == {canonical: 1}
 
 
