@@ -221,7 +221,15 @@ def test_the_command_makes_the_bank_that_transformers_makes(
     file.write_text(
         "\n".join(json.dumps({"prompt": p.text, "category": p.category, "matched": p.matched}) for p in prompts())
     )
-    common = ("fit", folder, "--prompts", file, "--layers", "0,2", "--no-check")  # whose judge is not in this environment
+    common = (
+        "fit",
+        folder,
+        "--prompts",
+        file,
+        "--layers",
+        "0,2",
+        "--no-check",
+    )  # whose judge is not in this environment
     engine = ("--engine", "vllm", "--max-model-len", 512, "--block-size", 32, "--enforce-eager")
     status, _, error = run(*common, "--out", tmp_path / "here.safetensors", "--json")
     assert status == 0, error
