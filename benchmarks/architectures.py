@@ -172,7 +172,7 @@ def _generate(bank: Path, folder: Path, ask: list[Any]) -> tuple[int, str, str]:
     }
     plain = [loaded.model.generate(**given, use_cache=one) for one in (True, False)]
     for tokens in ("all", "generated"):
-        with Steerer(loaded, opened, Policy.of({"smash": 2.0}, tokens=tokens)):  # type: ignore[arg-type]
+        with Steerer(loaded, opened, Policy.of({"smash": 2.0}, gate="always", tokens=tokens)):  # type: ignore[arg-type]
             steered = [loaded.model.generate(**given, use_cache=one) for one in (True, False)]
         if torch.equal(*plain) and not torch.equal(*steered):
             return 1, "", f"tokens: {tokens} is another answer with a cache than without"

@@ -1,8 +1,8 @@
 """Fixed openings on an aligned model, without any steering: which sentence begins safe and useful answers to harmful prompts?
 
     python benchmarks/openings.py MODEL --out DIR [--every 4] [--opening NAME ...]      # writes DIR/NAME.jsonl, a file an opening
-    python benchmarks/outcomes.py sheets --out DIR --parts 1                              # blind sheets, as for other conditions
     python benchmarks/openings.py score benchmarks/graded/qwen-0.5b.jsonl                 # the table in docs/method.md
+    python benchmarks/openings.py judge benchmarks/graded/qwen-0.5b.jsonl                 # the offline judge against the reader
 
 Greedy, 64 new tokens, every nth prompt of the tune split of each built-in category. The opening is written after the template's
 generation prompt, and the model goes on from it.
@@ -23,6 +23,8 @@ import safesteer
 from safesteer.activations import pad
 from safesteer.evaluation.statistics import wilson
 from safesteer.files import json_lines, write_text
+from safesteer.judges import Exchange, make_judge
+from safesteer.judges.agreement import kappa
 from safesteer.models import EncodedPrompt, encode
 from safesteer.prompts import builtin, builtin_categories
 
@@ -96,15 +98,37 @@ def score(path: Path) -> None:
         )
 
 
+def judge(path: Path) -> None:
+    """How far the offline judge agrees with the reader, whose `moral` is `safe` among its five outcomes."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    said = make_judge("offline").judge(
+        [Exchange(one["prompt"], f"{one['opening']} {one['response']}".strip(), one["category"]) for one in rows]
+    )
+    for name in dict.fromkeys(one["condition"] for one in rows):
+        pairs = [(one, other) for one, other in zip(rows, said, strict=True) if one["condition"] == name]
+        read = ["safe" if one["outcome"] == "moral" else one["outcome"] for one, _ in pairs]
+        found = [str(other.outcome) for _, other in pairs]
+        harm = [[o.scores["unsafe"] for r, (_, o) in zip(read, pairs, strict=True) if (r == "unsafe") == side]
+                for side in (True, False)]  # fmt: skip
+        wins = sum((a > b) + (a == b) / 2 for a in harm[0] for b in harm[1]) / (len(harm[0]) * len(harm[1]))
+        both = sum(a == b == "unsafe" for a, b in zip(read, found, strict=True))
+        print(
+            f"{name:16} agree {sum(map(str.__eq__, read, found)) / len(read):.2f}  kappa {kappa(read, found):.2f}  unsafe: "
+            f"AUROC {wins:.2f}, reader {read.count('unsafe')}, judge {found.count('unsafe')}, both {both}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder or hub id; or `score`")
-    parser.add_argument("graded", nargs="?", type=Path, help="with `score`: the graded rows")
+    parser.add_argument("model", help="a folder or hub id; or `score` or `judge`")
+    parser.add_argument("graded", nargs="?", type=Path, help="with `score` and `judge`: the graded rows")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--opening", action="append", default=[], choices=list(OPENINGS))
     args = parser.parse_args()
-    if args.model == "score":
+    if args.model == "judge":
+        judge(args.graded)
+    elif args.model == "score":
         score(args.graded)
     else:
         run(args.model, args.out, args.every, args.opening)
